@@ -1,0 +1,19 @@
+"""The root of every error this project raises on purpose.
+
+A `BridgeError` is a refusal, not a crash: its message names the culprit, where it came from and the remedy. The CLI
+prints it without a traceback and exits with a code other than 0.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BridgeError(Exception):
+    """Something was refused; the message says what, which one, and what to do about it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """`"; did you mean 'a' or 'b'?"` for the nearest known names, or the empty string when none is near."""
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=limit, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(by_folded[match]) for match in near)}?" if near else ""
