@@ -1,0 +1,344 @@
+"""`AutoBridge`: from a Hugging Face model to Megatron-Core and back."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion import hf_config as reader
+from megatron.bridge.conversion.foreign import refuse_foreign_bridge
+from megatron.bridge.conversion.hf import HFSource
+from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.registry import UnknownPlugin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from transformers import PretrainedConfig
+
+    from megatron.bridge.conversion.live import Model, Progress, WeightSource
+    from megatron.bridge.conversion.plan import Plan
+
+refuse_foreign_bridge()
+
+
+class AutoBridge:
+    """Joins a Hugging Face model to its Megatron-Core counterpart.
+
+    Made by `from_hf_pretrained`, `from_hf_config` or `from_megatron_checkpoint`. Nothing heavy happens until weights or
+    a model are asked for.
+    """
+
+    def __init__(
+        self, hf_config: "PretrainedConfig", source: HFSource | None = None, changes: Mapping[str, Any] | None = None
+    ) -> None:
+        self.hf_config = hf_config
+        self.source = source
+        # Values in which `hf_config` differs from the source's own file.
+        self.changes = dict(changes or {})
+        self.model_bridge: MegatronModelBridge = _bridge_class(hf_config)(hf_config)
+
+    def __repr__(self) -> str:
+        return f"AutoBridge({reader.architecture(self.hf_config)}, source={self.source})"
+
+    # --- finding a bridge
+
+    @classmethod
+    def from_hf_pretrained(
+        cls, path_or_id: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+    ) -> "AutoBridge":
+        """The bridge of a Hugging Face model.
+
+        Args:
+            path_or_id: a local folder, or a hub id.
+            trust_remote_code: run the configuration code that the model ships.
+            revision: branch, tag or commit on the hub, for configuration and weights alike.
+
+        Raises:
+            BridgeError: no such model, an unreadable configuration, or an architecture that nothing installed offers.
+        """
+        source = HFSource(path_or_id, revision)
+        return cls(reader.read_config(source.folder, trust_remote_code=trust_remote_code), source)
+
+    @classmethod
+    def from_hf_config(cls, config: "PretrainedConfig") -> "AutoBridge":
+        """The bridge of a configuration without weights, e.g. to train from scratch and export later."""
+        return cls(config)
+
+    @classmethod
+    def from_megatron_checkpoint(cls, path: str | Path, *, trust_remote_code: bool = False) -> "AutoBridge":
+        """The bridge of a Megatron checkpoint that this library wrote; it keeps the Hugging Face files beside it.
+
+        Raises:
+            BridgeError: no checkpoint there, or one without them.
+        """
+        from megatron.bridge.conversion.megatron_checkpoint import hf_files
+
+        return cls.from_hf_pretrained(hf_files(path), trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def can_handle(cls, path_or_id: str | Path, *, trust_remote_code: bool = False) -> bool:
+        """Whether the model at `path_or_id` has a bridge. A model that cannot be found or read is still an error."""
+        folder = HFSource(path_or_id).folder
+        return cls.supports(reader.read_config(folder, trust_remote_code=trust_remote_code))
+
+    @staticmethod
+    def supports(config: "PretrainedConfig") -> bool:
+        """Whether a bridge is offered for the configuration's architecture."""
+        names = list(config.architectures or ())
+        return len(names) == 1 and names[0] in MODEL_BRIDGES
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Architecture names for which a bridge is installed or registered, sorted."""
+        return list(MODEL_BRIDGES)
+
+    # --- into Megatron
+
+    def to_megatron_provider(self, load_weights: bool = True, dtype: "torch.dtype | None" = None) -> Any:
+        """A provider of this model; set its parallel sizes, then build it.
+
+        Args:
+            load_weights: fill the model with the Hugging Face weights when it is built.
+            dtype: of the parameters; None takes the one the weights were saved in.
+
+        Raises:
+            BridgeError: the configuration cannot be expressed, or weights are wanted and there is no source of them.
+        """
+        import torch
+
+        provider = self.model_bridge.provider_bridge()
+        provider.params_dtype = dtype or reader.dtype(self.hf_config)
+        provider.bf16 = provider.params_dtype == torch.bfloat16
+        provider.fp16 = provider.params_dtype == torch.float16
+        # Training keeps the Hugging Face files beside its checkpoints, so that they can be exported by themselves.
+        provider.bridge = self
+        if load_weights and self.source is not None:
+            provider.register_pre_wrap_hook(self._load_hook, loads_weights=True)
+        return provider
+
+    def _load_hook(self, chunks: "list[torch.nn.Module]") -> None:
+        self.load_hf_weights(chunks)
+
+    def to_megatron_model(
+        self, load_weights: bool = True, dtype: "torch.dtype | None" = None, wrap_with_ddp: bool = False, **layout: Any
+    ) -> "list[torch.nn.Module]":
+        """This rank's model with weights: one module per virtual pipeline stage. Collective.
+
+        Args:
+            load_weights, dtype: as in `to_megatron_provider`.
+            wrap_with_ddp: wrap for training.
+            layout: provider fields, e.g. `tensor_model_parallel_size=2`.
+        """
+        provider = self.to_megatron_provider(load_weights, dtype)
+        for name, value in layout.items():
+            if not hasattr(provider, name):
+                raise BridgeError(f"{type(provider).__name__} has no field {name!r}")
+            setattr(provider, name, value)
+        chunks: list[torch.nn.Module] = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
+        return chunks
+
+    def load_hf_weights(
+        self,
+        model: "Model",
+        weights: "str | Path | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | None" = None,
+        progress: "Progress | None" = None,
+    ) -> "Plan":
+        """Fill a model with Hugging Face weights. Collective; each rank reads the bytes it owns.
+
+        Args:
+            model: chunks of this rank.
+            weights: a folder or hub id, a state dict, or (name, tensor) pairs; None takes the bridge's own source.
+            progress: called with (Megatron name, elements) after each weight.
+
+        Raises:
+            PlanError: some weight on either side is unaccounted for; no weight was touched.
+        """
+        from megatron.bridge.conversion.live import load_weights
+
+        source, what = self._weight_source(weights)
+        return load_weights(model, self.model_bridge.mapping_registry(), source, f"import of {what}", progress)
+
+    def _weight_source(self, weights: Any) -> "tuple[WeightSource, str]":
+        from megatron.bridge.conversion.live import TensorsInMemory
+        from megatron.bridge.conversion.weight_source import FolderSource
+
+        if weights is None and self.source is None:
+            raise BridgeError(
+                "this bridge was made from a configuration and has no weights; pass a folder or a state dict"
+            )
+        if weights is None or isinstance(weights, str | Path):
+            source = self.source if weights is None else HFSource(weights)
+            return FolderSource(source.weights), source.path_or_id  # type: ignore[union-attr]
+        return TensorsInMemory(dict(weights)), "a state dict"
+
+    # --- out of Megatron
+
+    def get_conversion_tasks(self, model: "Model") -> "Plan":
+        """The export plan of a model: what becomes what, with shapes. Collective; reusable for as long as it lives."""
+        from megatron.bridge.conversion.live import Exporter
+
+        return Exporter(model, self.describing(model).model_bridge.mapping_registry()).plan
+
+    def describing(self, model: "Model") -> "AutoBridge":
+        """This bridge with the configuration of `model`, which may have changed since: fewer layers, more tokens."""
+        from megatron.bridge.conversion.derived_config import changed_values, with_values
+
+        changes = changed_values(self.model_bridge, model)
+        if not changes:
+            return self
+        return AutoBridge(with_values(self.hf_config, changes), self.source, self.changes | changes)
+
+    def config_json(self, **changes: Any) -> dict[str, Any]:
+        """What the model's `config.json` should say, with further changes."""
+        from megatron.bridge.conversion.derived_config import config_json
+
+        source = None if self.source is None else self.source.folder
+        return config_json(self.hf_config, source, self.changes | changes)
+
+    def export_hf_weights(
+        self,
+        model: "Model",
+        cpu: bool = False,
+        show_progress: bool = False,
+        dtype: "torch.dtype | None" = None,
+    ) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield every Hugging Face weight, whole, in the same order on every rank. Collective.
+
+        Args:
+            model: chunks of this rank.
+            cpu: yield CPU tensors.
+            show_progress: draw a progress bar on rank 0.
+            dtype: cast floating-point weights; None keeps the model's.
+        """
+        from megatron.bridge.conversion.live import Exporter
+        from megatron.bridge.conversion.progress import tracked
+
+        exporter = Exporter(model, self.describing(model).model_bridge.mapping_registry())
+        total = len(exporter.plan.hf_shapes)
+        for name, tensor in tracked(exporter.weights(dtype), total, "export", shown=show_progress):
+            yield name, tensor.cpu() if cpu else tensor
+
+    def save_hf_pretrained(
+        self,
+        model: "Model",
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        show_progress: bool = False,
+        dtype: "torch.dtype | None" = None,
+        distributed_save: bool = True,
+        max_shard_bytes: float = 5e9,
+    ) -> Path:
+        """Write a complete Hugging Face folder: weights, configuration, tokenizer, templates, code. Collective.
+
+        The folder appears at once when it is whole and verified; on failure nothing is left behind.
+
+        Args:
+            model: chunks of this rank.
+            path: the folder to make.
+            overwrite: replace a Hugging Face folder that is there.
+            show_progress: draw a progress bar on rank 0.
+            dtype: cast floating-point weights; None keeps the model's.
+            distributed_save: every rank writes its share of the files; False leaves all to rank 0.
+            max_shard_bytes: size of one weight file.
+
+        Raises:
+            BridgeError: the target exists or cannot be written, or the model does not match the table.
+        """
+        from megatron.bridge.conversion.save import save_hf_folder
+
+        return save_hf_folder(
+            self.describing(model),
+            model,
+            Path(path),
+            companions=True,
+            overwrite=overwrite,
+            show_progress=show_progress,
+            dtype=dtype,
+            distributed_save=distributed_save,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+    def save_hf_weights(self, model: "Model", path: str | Path, **options: Any) -> Path:
+        """Write weights and configuration only; otherwise as `save_hf_pretrained`."""
+        from megatron.bridge.conversion.save import save_hf_folder
+
+        return save_hf_folder(self.describing(model), model, Path(path), companions=False, **options)
+
+    # --- Megatron checkpoints
+
+    def save_megatron_model(self, model: "Model", path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a Megatron distributed checkpoint of the weights, with the Hugging Face files beside it. Collective."""
+        from megatron.bridge.conversion.megatron_checkpoint import save_model
+
+        return save_model(self.describing(model), model, path, overwrite=overwrite)
+
+    def load_megatron_model(
+        self, path: str | Path, *, wrap_with_ddp: bool = False, dtype: "torch.dtype | None" = None, **layout: Any
+    ) -> "list[torch.nn.Module]":
+        """This rank's model with the weights of a Megatron checkpoint, at any layout. Collective.
+
+        Args:
+            path: a checkpoint folder, or the root that holds it.
+            wrap_with_ddp, dtype, layout: as in `to_megatron_model`.
+        """
+        from megatron.bridge.conversion.megatron_checkpoint import load_model
+
+        provider = self.to_megatron_provider(load_weights=False, dtype=dtype)
+        for name, value in layout.items():
+            setattr(provider, name, value)
+        provider.register_pre_wrap_hook(lambda chunks: load_model(chunks, path), loads_weights=True)
+        chunks: list[torch.nn.Module] = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
+        return chunks
+
+    @classmethod
+    def import_ckpt(
+        cls,
+        hf_model: str | Path,
+        megatron_path: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        overwrite: bool = False,
+        **layout: Any,
+    ) -> Path:
+        """Convert a Hugging Face model to a Megatron checkpoint that loads at any layout. Collective.
+
+        Args:
+            hf_model: folder or hub id.
+            megatron_path: the checkpoint's root folder.
+            layout: provider fields to convert with, e.g. `tensor_model_parallel_size=2` to spread memory.
+        """
+        bridge = cls.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code, revision=revision)
+        return bridge.save_megatron_model(bridge.to_megatron_model(**layout), megatron_path, overwrite=overwrite)
+
+    def export_ckpt(
+        self,
+        megatron_path: str | Path,
+        hf_path: str | Path,
+        *,
+        overwrite: bool = False,
+        show_progress: bool = False,
+        **layout: Any,
+    ) -> Path:
+        """Convert a Megatron checkpoint to a complete Hugging Face folder. Collective.
+
+        Args:
+            megatron_path: a checkpoint folder, or the root that holds it.
+            hf_path: the folder to make.
+            layout: provider fields to convert with.
+        """
+        model = self.load_megatron_model(megatron_path, **layout)
+        return self.save_hf_pretrained(model, hf_path, overwrite=overwrite, show_progress=show_progress)
+
+
+def _bridge_class(config: "PretrainedConfig") -> type[MegatronModelBridge]:
+    name = reader.architecture(config)
+    try:
+        return MODEL_BRIDGES[name]
+    except UnknownPlugin as error:
+        raise UnknownPlugin(
+            f'{error}\nA family that is not offered can be added by any package: see "Write a plugin" in the README'
+        ) from None

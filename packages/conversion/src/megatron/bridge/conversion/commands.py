@@ -1,0 +1,142 @@
+"""`megatron-bridge convert import|export` and `megatron-bridge verify`."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def layout_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for the parallel layout, shared by commands that build a model."""
+    options = (
+        click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks."),
+        click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages."),
+        click.option("--vpp", type=click.IntRange(2), help="Virtual pipeline stages per stage."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def layout_fields(tp: int, pp: int, vpp: int | None) -> dict[str, Any]:
+    """The provider fields of a layout."""
+    fields: dict[str, Any] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    return fields | ({"virtual_pipeline_model_parallel_size": vpp} if vpp else {})
+
+
+@click.group()
+def convert() -> None:
+    """Convert between Hugging Face folders and Megatron checkpoints."""
+
+
+@convert.command("import")
+@click.argument("hf_model")
+@click.argument("megatron_path", type=click.Path(path_type=Path))
+@layout_options
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the configuration code that the model ships.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
+def import_command(hf_model: str, megatron_path: Path, tp: int, pp: int, vpp: int | None, **options: Any) -> None:
+    """Convert HF_MODEL (folder or hub id) to a Megatron checkpoint at MEGATRON_PATH.
+
+    The checkpoint loads at any layout; --tp and --pp only spread the work over processes of this machine.
+    """
+    _refuse_existing_checkpoint(megatron_path, options["overwrite"])
+    started = time.perf_counter()
+    _run(tp * pp, _import, hf_model, megatron_path, options | layout_fields(tp, pp, vpp))
+    _say(f"{hf_model} -> {megatron_path} in {time.perf_counter() - started:.1f} s")
+
+
+@convert.command("export")
+@click.argument("megatron_path", type=click.Path(path_type=Path))
+@click.argument("hf_path", type=click.Path(path_type=Path))
+@layout_options
+@click.option("--hf-model", help="Which Hugging Face model it is, for checkpoints that do not say.")
+@click.option("--overwrite", is_flag=True, help="Replace a Hugging Face folder that is there.")
+def export_command(
+    megatron_path: Path, hf_path: Path, tp: int, pp: int, vpp: int | None, hf_model: str | None, overwrite: bool
+) -> None:
+    """Convert the Megatron checkpoint at MEGATRON_PATH to a complete Hugging Face folder HF_PATH."""
+    started = time.perf_counter()
+    _run(tp * pp, _export, megatron_path, hf_path, hf_model, {"overwrite": overwrite, **layout_fields(tp, pp, vpp)})
+    _say(f"{megatron_path} -> {hf_path} in {time.perf_counter() - started:.1f} s")
+
+
+@click.command()
+@click.argument("hf_folder", type=click.Path(path_type=Path))
+@click.option("--megatron", "megatron_path", type=click.Path(path_type=Path), help="Checkpoint to compare with.")
+@layout_options
+@click.option("--layer-spec", help="Layer spec to build the Megatron side with.")
+@click.option("--certificate", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
+def verify(
+    hf_folder: Path,
+    megatron_path: Path | None,
+    tp: int,
+    pp: int,
+    vpp: int | None,
+    layer_spec: str | None,
+    certificate: Path | None,
+) -> None:
+    """Prove that HF_FOLDER and its Megatron counterpart are the same: every weight bitwise, and the logits.
+
+    Exits with 1 when they differ.
+    """
+    result = _run(tp * pp, _verify, hf_folder, megatron_path, layer_spec, layout_fields(tp, pp, vpp))
+    if result is None:  # another rank than the one that speaks
+        return
+    if certificate is not None:
+        certificate.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    same = result.weights_compared - len(result.weights_differing)
+    _say(f"weights: {same} of {result.weights_compared} bitwise equal")
+    _say(f"logits:  largest difference {result.logit_difference:.2e} (allowed {result.logit_tolerance:.0e})")
+    result.refuse_failure()
+
+
+def _run(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
+    from megatron.bridge.platform.engine import import_engine
+    from megatron.bridge.platform.launch import run_layout
+
+    import_engine()
+    return run_layout(ranks, function, *args)
+
+
+def _say(text: str) -> None:
+    from megatron.bridge.platform import is_rank_zero
+
+    if is_rank_zero():
+        click.echo(text)
+
+
+def _import(hf_model: str, megatron_path: Path, options: dict[str, Any]) -> None:
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+
+    AutoBridge.import_ckpt(hf_model, megatron_path, **options)
+
+
+def _export(megatron_path: Path, hf_path: Path, hf_model: str | None, options: dict[str, Any]) -> None:
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+
+    if hf_model is None:
+        bridge = AutoBridge.from_megatron_checkpoint(megatron_path)
+    else:
+        bridge = AutoBridge.from_hf_pretrained(hf_model)
+    bridge.export_ckpt(megatron_path, hf_path, show_progress=True, **options)
+
+
+def _verify(hf_folder: Path, megatron_path: Path | None, layer_spec: str | None, layout: dict[str, Any]) -> Any:
+    from megatron.bridge.conversion.verify import verify as compare
+    from megatron.bridge.platform import is_rank_zero
+
+    result = compare(hf_folder, megatron_path=megatron_path, layer_spec=layer_spec, **layout)
+    return result if is_rank_zero() else None
+
+
+def _refuse_existing_checkpoint(path: Path, overwrite: bool) -> None:
+    """Seconds before the conversion would find it out."""
+    from megatron.bridge.conversion.checkpoint_layout import CheckpointError, iteration_folder
+
+    if iteration_folder(path, 0).exists() and not overwrite:
+        raise CheckpointError(f"{path} holds a converted checkpoint already; choose another path, or pass --overwrite")

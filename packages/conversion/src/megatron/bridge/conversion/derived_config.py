@@ -1,0 +1,57 @@
+"""The Hugging Face configuration of a Megatron model: the source's, with everything the Megatron side changed."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion.live_weights import as_chunks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from megatron.bridge.conversion.live import Model
+    from megatron.bridge.conversion.model_bridge import MegatronModelBridge
+
+# Provider fields that a built model keeps under another name than its config's.
+_MODEL_ATTRIBUTES = {
+    "vocab_size": "unpadded_vocab_size",
+    "share_embeddings_and_output_weights": "share_embeddings_and_output_weights",
+    "max_position_embeddings": "max_position_embeddings",
+}
+
+
+def changed_values(bridge: "MegatronModelBridge", model: "Model") -> dict[str, Any]:
+    """Configuration values in which `model` differs from the bridge's configuration: fewer layers, more tokens, ..."""
+    chunk = as_chunks(model)[0]
+    held = {name: _value(chunk, field) for field, name in bridge.shared_fields.items()}
+    return {
+        name: value for name, value in held.items() if value is not None and value != getattr(bridge.hf_config, name)
+    }
+
+
+def with_values(config: "PretrainedConfig", values: Mapping[str, Any]) -> "PretrainedConfig":
+    """A copy of a configuration with some values changed."""
+    changed = copy.deepcopy(config)
+    for name, value in values.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def config_json(config: "PretrainedConfig", source: Path | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` should say: the source's own file with the changes, or the configuration object's values."""
+    if source is None:
+        values: dict[str, Any] = config.to_dict()
+        values.pop("_name_or_path", None)
+        return values | dict(changes)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    # Files written before transformers 5 spell it `torch_dtype`.
+    spelled = {"dtype": "torch_dtype"} if "torch_dtype" in values else {}
+    return values | {spelled.get(name, name): value for name, value in changes.items()}
+
+
+def _value(chunk: Any, field: str) -> Any:
+    if field in _MODEL_ATTRIBUTES:
+        return getattr(chunk, _MODEL_ATTRIBUTES[field], None)
+    return getattr(chunk.config, field, None)

@@ -1,0 +1,260 @@
+"""The live executor: Hugging Face weights to and from a model that is spread over tensor- and pipeline-parallel ranks.
+
+On the way in every rank reads only the bytes it owns. On the way out one weight at a time is gathered, so memory is
+bounded by the largest weight. Plans are proven before the first byte moves.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron.bridge.conversion.live_weights import Layout, as_chunks, canonical_weights
+from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem, export_plan, import_plan
+from megatron.bridge.conversion.rank_agreement import on_every_rank
+from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.transforms import Region, Shape, whole
+
+if TYPE_CHECKING:
+    import torch
+
+type Model = "torch.nn.Module | Sequence[torch.nn.Module]"
+type Progress = Callable[[str, int], None]
+
+
+class WeightSource(Protocol):
+    """Hugging Face weights by name: an open folder, or tensors in memory."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+
+    def read(self, name: str, region: Region) -> "torch.Tensor": ...
+
+
+@dataclass(frozen=True)
+class TensorsInMemory:
+    """A `WeightSource` over tensors at hand, e.g. a transformers state dict."""
+
+    tensors: "Mapping[str, torch.Tensor]"
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, region: Region) -> "torch.Tensor":
+        return self.tensors[name][tuple(slice(start, stop) for start, stop in region)]
+
+
+@dataclass(frozen=True)
+class _SourceTensor:
+    source: WeightSource
+    name: str
+    shape: Shape
+
+    def read(self, region: Region) -> "torch.Tensor":
+        return self.source.read(self.name, region)
+
+
+@dataclass(frozen=True)
+class MegatronIndex:
+    """Every weight of a spread model: global shape, dtype, and the pipeline ranks that hold it (several when tied)."""
+
+    shapes: Mapping[str, Shape]
+    dtypes: "Mapping[str, torch.dtype]"
+    owners: Mapping[str, tuple[int, ...]]
+
+
+def megatron_index(table: WeightTable, local: "Mapping[str, torch.Tensor]", layout: Layout) -> MegatronIndex:
+    """Gather names, global shapes and dtypes over the pipeline. Collective over the pipeline group."""
+    import torch
+    import torch.distributed as dist
+
+    here: dict[str, tuple[Shape, torch.dtype]] = {}
+    for name, tensor in local.items():
+        met = table.resolve(name)
+        shape = tuple(tensor.shape)
+        here[name] = (met[0].shard.global_shape(shape, layout.tensor_size) if met else shape, tensor.dtype)
+    by_stage: list[Any] = [here]
+    if layout.pipeline_size > 1:
+        by_stage = [None] * layout.pipeline_size
+        dist.all_gather_object(by_stage, here, group=layout.pipeline_group)
+    held = {name: entry for stage in by_stage for name, entry in stage.items()}
+    return MegatronIndex(
+        shapes={name: shape for name, (shape, _) in held.items()},
+        dtypes={name: dtype for name, (_, dtype) in held.items()},
+        owners={name: tuple(stage for stage, names in enumerate(by_stage) if name in names) for name in held},
+    )
+
+
+def load_weights(
+    model: Model, table: WeightTable, source: WeightSource, what: str = "import", progress: Progress | None = None
+) -> Plan:
+    """Fill a model with Hugging Face weights. Collective over the model's ranks.
+
+    Args:
+        model: chunks of this rank, wrapped or not.
+        table: the family's rules.
+        source: where the weights are.
+        what: named in errors, e.g. the folder.
+        progress: called with each Megatron name and the elements read for it on this rank.
+
+    Raises:
+        PlanError: the two sides do not correspond; no weight was touched.
+        BridgeError: reading failed on some rank (raised on all).
+    """
+    chunks = as_chunks(model)
+    layout = Layout.of(chunks)
+    local = canonical_weights(chunks)
+    index = megatron_index(table, local, layout)
+    plan = import_plan(table, source.shapes, index.shapes, what)
+    _refuse_uneven(plan, layout.tensor_size, what)
+
+    def fill() -> None:
+        _check_ties(plan, source, what)
+        for item in plan:
+            if item.megatron in local:
+                _fill(local[item.megatron], item, source, layout)
+                if progress is not None:
+                    progress(item.megatron, local[item.megatron].numel())
+
+    on_every_rank(fill, f"{what} failed", PlanError)
+    return plan
+
+
+def _refuse_uneven(plan: Plan, size: int, what: str) -> None:
+    for item in plan:
+        if not item.rule.shard.divides(item.shape, size):
+            raise PlanError(
+                f"{what}: {item.megatron} {list(item.shape)} cannot be divided evenly over "
+                f"{size} tensor-parallel ranks ({item.rule.shard})"
+            )
+
+
+def _fill(target: "torch.Tensor", item: PlanItem, source: WeightSource, layout: Layout) -> None:
+    import torch
+
+    inputs = [_SourceTensor(source, name, shape) for name, shape in zip(item.hf, item.hf_shapes, strict=True)]
+    regions = item.rule.shard.regions(item.shape, layout.tensor_rank, layout.tensor_size)
+    axis = getattr(item.rule.shard, "axis", 0)
+    with torch.no_grad():
+        done = 0
+        for region in regions:
+            piece = item.rule.transform.forward(inputs, region)
+            if len(regions) == 1:
+                target.copy_(piece)
+            else:
+                target.narrow(axis, done, piece.shape[axis]).copy_(piece)
+                done += piece.shape[axis]
+
+
+def _check_ties(plan: Plan, source: WeightSource, what: str) -> None:
+    """A tied weight that the checkpoint holds twice must be the same tensor twice."""
+    shapes = source.shapes
+    for name, to in plan.tied.items():
+        if shapes[name] != shapes[to] or not source.read(name, whole(shapes[name])).equal(
+            source.read(to, whole(shapes[to]))
+        ):
+            raise PlanError(
+                f"{what}: {name} differs from {to}, but the configuration ties them (tie_word_embeddings); "
+                "one of the two would be lost. Set tie_word_embeddings to false in config.json if they are meant to differ"
+            )
+
+
+def export_weights(
+    model: Model, table: WeightTable, what: str = "export", dtype: "torch.dtype | None" = None
+) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield every Hugging Face weight, whole, in the same order on every rank. Collective over the model's ranks.
+
+    The tensor is on the model's device; it may share memory with the model, so copy it before changing it.
+
+    Args:
+        model: chunks of this rank, wrapped or not.
+        table: the family's rules.
+        what: named in errors.
+        dtype: cast floating-point weights; None keeps the model's.
+
+    Raises:
+        PlanError: a weight has no rule, or copies of a tied weight differ between pipeline stages.
+    """
+    exporter = Exporter(model, table, what)
+    yield from exporter.weights(dtype)
+
+
+class Exporter:
+    """An export of a spread model: its proven plan, then its weights. Made collectively, on every rank of the model."""
+
+    def __init__(self, model: Model, table: WeightTable, what: str = "export") -> None:
+        chunks = as_chunks(model)
+        self._what = what
+        self._layout = Layout.of(chunks)
+        self._local = canonical_weights(chunks)
+        self._index = megatron_index(table, self._local, self._layout)
+        self.plan = export_plan(table, self._index.shapes, what)
+
+    @property
+    def dtypes(self) -> "dict[str, torch.dtype]":
+        """dtype of every Hugging Face weight, as the model holds it."""
+        return {name: self._index.dtypes[item.megatron] for item in self.plan for name in item.hf}
+
+    def weights(self, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, torch.Tensor]]":
+        """The Hugging Face weights, whole, in plan order. Collective."""
+        self._refuse_diverged_copies()
+        for item in self.plan:
+            tensor = self._whole(item)
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            yield from zip(item.hf, item.rule.transform.inverse(tensor), strict=True)
+
+    def _whole(self, item: PlanItem) -> "torch.Tensor":
+        """The global Megatron weight on every rank."""
+        import torch
+        import torch.distributed as dist
+
+        layout, stage = self._layout, self._index.owners[item.megatron][0]
+        if layout.pipeline_rank == stage:
+            tensor = self._gathered(item)
+        else:
+            device = next(iter(self._local.values())).device
+            tensor = torch.empty(item.shape, dtype=self._index.dtypes[item.megatron], device=device)
+        if layout.pipeline_size > 1:
+            dist.broadcast(tensor, group=layout.pipeline_group, group_src=stage)
+        return tensor
+
+    def _gathered(self, item: PlanItem) -> "torch.Tensor":
+        import torch
+        import torch.distributed as dist
+
+        tensor = self._local[item.megatron].detach()
+        layout = self._layout
+        sharded = item.rule.shard.local_shape(item.shape, layout.tensor_size) != item.shape
+        if not sharded:
+            return tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(layout.tensor_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=layout.tensor_group)
+        return item.rule.shard.join(parts)
+
+    def _refuse_diverged_copies(self) -> None:
+        """Pipeline stages that hold the same weight (tied embeddings) must hold the same values."""
+        import torch.distributed as dist
+
+        shared = [name for name, owners in self._index.owners.items() if len(owners) > 1]
+        if not shared:
+            return
+        here = {name: _fingerprint(self._local[name]) for name in shared if name in self._local}
+        by_stage: list[Any] = [None] * self._layout.pipeline_size
+        dist.all_gather_object(by_stage, here, group=self._layout.pipeline_group)
+        for name in shared:
+            values = {stage: held[name] for stage, held in enumerate(by_stage) if name in held}
+            if len(set(values.values())) > 1:
+                raise PlanError(
+                    f"{self._what}: pipeline stages {sorted(values)} hold different values of {name}, which is tied; "
+                    "the model was loaded or trained without keeping them in step, so neither copy can be exported"
+                )
+
+
+def _fingerprint(tensor: "torch.Tensor") -> str:
+    import hashlib
+
+    import torch
+
+    raw = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(raw.data, digest_size=16).hexdigest()

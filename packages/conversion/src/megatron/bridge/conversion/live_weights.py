@@ -1,0 +1,116 @@
+"""A live Megatron model's weights by canonical name: the name in its distributed checkpoints, whatever the layer spec,
+pipeline stage or wrapper.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+type Chunks = "Sequence[torch.nn.Module]"
+
+
+def unwrap(module: "torch.nn.Module") -> "torch.nn.Module":
+    """The model inside Megatron's wrappers (DDP, Float16Module)."""
+    while isinstance(inner := getattr(module, "module", None), _module_class()):
+        module = inner
+    return module
+
+
+def _module_class() -> "type[torch.nn.Module]":
+    import torch
+
+    return torch.nn.Module
+
+
+def as_chunks(model: "torch.nn.Module | Sequence[torch.nn.Module]") -> "list[torch.nn.Module]":
+    """The model's chunks on this rank, unwrapped: one, or one per virtual pipeline stage."""
+    chunks: list[torch.nn.Module] = [model] if isinstance(model, _module_class()) else list(model)  # type: ignore[arg-type]
+    return [unwrap(chunk) for chunk in chunks]
+
+
+def canonical_weights(chunks: "Sequence[torch.nn.Module]") -> "dict[str, torch.Tensor]":
+    """Every parameter and persistent buffer on this rank by canonical name.
+
+    A tied output layer of the last pipeline stage goes by the embedding's name, as it does in checkpoints; where one
+    rank holds both, they are one tensor.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        names = _Names(chunk)
+        for name, value in chunk.state_dict(keep_vars=True).items():
+            if isinstance(value, _tensor_class()) and not name.endswith("_extra_state"):
+                weights[names.canonical(name)] = value
+    return weights
+
+
+def _tensor_class() -> "type[torch.Tensor]":
+    import torch
+
+    return torch.Tensor
+
+
+class _Names:
+    """From a chunk's own parameter names to canonical ones."""
+
+    def __init__(self, chunk: "torch.nn.Module") -> None:
+        self._prefixes = dict(_layer_prefixes(chunk))
+        self._tied = getattr(chunk, "share_embeddings_and_output_weights", False)
+
+    def canonical(self, name: str) -> str:
+        if self._tied and name == "output_layer.weight":
+            return "embedding.word_embeddings.weight"
+        for prefix, (canonical_prefix, renamed) in self._prefixes.items():
+            if name.startswith(prefix):
+                inner = name.removeprefix(prefix)
+                for own, shared in renamed.items():
+                    if inner.startswith(own):
+                        inner = shared + inner.removeprefix(own)
+                        break
+                return canonical_prefix + inner
+        return name
+
+
+def _layer_prefixes(chunk: Any) -> Iterator[tuple[str, tuple[str, dict[str, str]]]]:
+    """Per transformer layer: its prefix in this chunk, its canonical prefix, and the renaming its spec declares."""
+    for name, module in chunk.named_modules():
+        parent, _, index = name.rpartition(".")
+        if index.isdigit() and hasattr(module, "layer_number") and hasattr(module, "submodules_config"):
+            renamed = module.submodules_config.sharded_state_dict_keys_map
+            yield f"{name}.", (f"{parent}.{module.layer_number - 1}.", dict(renamed))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place among the model's tensor- and pipeline-parallel ranks."""
+
+    tensor_group: Any
+    pipeline_group: Any
+
+    @classmethod
+    def of(cls, chunks: "Sequence[Any]") -> "Layout":
+        """The layout that the model was built with."""
+        groups = getattr(chunks[0], "pg_collection", None)
+        if groups is None:
+            from megatron.core.process_groups_config import ProcessGroupCollection
+
+            groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp"])
+        return cls(groups.tp, groups.pp)
+
+    @property
+    def tensor_size(self) -> int:
+        return int(self.tensor_group.size())
+
+    @property
+    def tensor_rank(self) -> int:
+        return int(self.tensor_group.rank())
+
+    @property
+    def pipeline_size(self) -> int:
+        return int(self.pipeline_group.size())
+
+    @property
+    def pipeline_rank(self) -> int:
+        return int(self.pipeline_group.rank())

@@ -1,0 +1,76 @@
+"""Logits of a Megatron model at any layout, for comparison with another implementation."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion.live import Model
+from megatron.bridge.conversion.live_weights import Layout, as_chunks
+
+if TYPE_CHECKING:
+    import torch
+
+
+def megatron_logits(model: Model, input_ids: "torch.Tensor") -> "torch.Tensor":
+    """Run a forward pass; every rank returns the whole result. Collective over the model's ranks.
+
+    Args:
+        model: chunks of this rank, wrapped or not.
+        input_ids: token ids [batch, sequence], the same on every rank.
+
+    Returns:
+        Logits [batch, sequence, vocabulary] in float32, padding columns included.
+    """
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    chunks = as_chunks(model)
+    layout = Layout.of(chunks)
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    # One row per micro-batch: interleaved stages want a multiple of the pipeline's depth.
+    rows = list(input_ids.split(1))
+    rows += rows[:1] * (-len(rows) % layout.pipeline_size)
+    with torch.no_grad():
+        collected = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(rows) for _ in chunks] if len(chunks) > 1 else iter(rows),
+            model=chunks,
+            num_microbatches=len(rows),
+            seq_length=input_ids.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+    return _everywhere(collected, layout, input_ids)
+
+
+def _forward_step(rows: "Iterator[torch.Tensor]", chunk: Any) -> Any:
+    import torch
+
+    tokens = next(rows)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return chunk(tokens, positions, None), lambda output, non_loss_data: output
+
+
+def _everywhere(collected: "list[torch.Tensor]", layout: Layout, input_ids: "torch.Tensor") -> "torch.Tensor":
+    """The last stage's logits, gathered over the vocabulary and sent to every stage."""
+    import torch
+    import torch.distributed as dist
+
+    last = layout.pipeline_size - 1
+    logits: Any = None
+    if layout.pipeline_rank == last:
+        local = torch.cat(collected[: input_ids.shape[0]]).float().contiguous()
+        parts = [torch.empty_like(local) for _ in range(layout.tensor_size)]
+        dist.all_gather(parts, local, group=layout.tensor_group)
+        logits = torch.cat(parts, -1)
+    if layout.pipeline_size > 1:
+        shape: list[Any] = [None if logits is None else tuple(logits.shape)]
+        dist.broadcast_object_list(shape, group=layout.pipeline_group, group_src=last)
+        if logits is None:
+            logits = torch.empty(shape[0], device=input_ids.device)
+        dist.broadcast(logits, group=layout.pipeline_group, group_src=last)
+    return logits

@@ -1,0 +1,78 @@
+"""`MegatronModelBridge`: what a model family says about itself, and where families are found."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class MegatronModelBridge(ABC):
+    """One model family: the meaning of its Hugging Face configuration, and its weight table.
+
+    A family is found by the architecture name in `config.json`, never by inheritance: a model that changes Llama under
+    another name does not silently get Llama's table. It is offered by an entry point of the group
+    `megatron.bridge.model_bridges` (name: the architecture), or in one process by `register_bridge`.
+
+    Args:
+        hf_config: the model's configuration.
+    """
+
+    # Megatron provider field <- Hugging Face field with the same value; read in both directions.
+    shared_fields: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, hf_config: "PretrainedConfig") -> None:
+        self.hf_config = hf_config
+
+    @abstractmethod
+    def provider_bridge(self) -> Any:
+        """A provider (e.g. `GPTModelProvider`) of this model on Megatron-Core.
+
+        Raises:
+            BridgeError: the configuration asks for something the provider cannot express.
+        """
+
+    @abstractmethod
+    def mapping_registry(self) -> WeightTable:
+        """The weight table for this configuration: every weight of both sides, by rule."""
+
+    def shared_values(self) -> dict[str, Any]:
+        """The provider fields that are copied from the configuration.
+
+        Raises:
+            BridgeError: the configuration lacks a field.
+        """
+        absent = [name for name in self.shared_fields.values() if not hasattr(self.hf_config, name)]
+        if absent:
+            raise BridgeError(f"the configuration ({type(self.hf_config).__name__}) lacks {', '.join(absent)}")
+        return {field: getattr(self.hf_config, name) for field, name in self.shared_fields.items()}
+
+    @staticmethod
+    def register_bridge(
+        source: type | str, target: type | None = None
+    ) -> Callable[[type["MegatronModelBridge"]], type["MegatronModelBridge"]]:
+        """Offer the decorated bridge for an architecture in this process.
+
+        Args:
+            source: the transformers model class, or its name as `config.json` spells it.
+            target: the Megatron-Core model class that the provider builds; checked to be a class, for readers.
+        """
+        if target is not None and not isinstance(target, type):
+            raise BridgeError(f"register_bridge: target must be a Megatron-Core model class, not {target!r}")
+        name = source if isinstance(source, str) else source.__name__
+
+        def register(bridge: type[MegatronModelBridge]) -> type[MegatronModelBridge]:
+            MODEL_BRIDGES.register(name, bridge)
+            return bridge
+
+        return register
+
+
+MODEL_BRIDGES: Registry[type[MegatronModelBridge]] = Registry(
+    "megatron.bridge.model_bridges", MegatronModelBridge, "model bridge"
+)

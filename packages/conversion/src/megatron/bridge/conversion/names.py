@@ -1,0 +1,65 @@
+"""Weight names with indices: `decoder.layers.{l}.mlp.linear_fc1.weight`, `model.layers.{l+1}.norm.weight`.
+
+`{l}` stands for a layer, `{e}` for an expert; an offset shifts the index, so that both sides of a rule can count from
+different places.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+_INDEX = re.compile(r"\{([a-z])(?:\+(\d+))?\}")
+_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+
+type Indices = Mapping[str, int]
+
+
+def skeleton(name: str) -> str:
+    """`name` with every numeric part replaced by `#`: what names that differ only in indices have in common."""
+    return _DIGITS.sub("#", name)
+
+
+@dataclass(frozen=True)
+class NamePattern:
+    """A weight name in which `{x}` or `{x+k}` stands for an index."""
+
+    text: str
+
+    @cached_property
+    def indices(self) -> tuple[str, ...]:
+        """Index variables, in order of appearance."""
+        return tuple(match[1] for match in _INDEX.finditer(self.text))
+
+    @cached_property
+    def skeleton(self) -> str:
+        """The pattern with `#` for each index, comparable to `skeleton(name)`."""
+        return skeleton(_INDEX.sub("#", self.text))
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        parts, last = [], 0
+        for match in _INDEX.finditer(self.text):
+            parts += [re.escape(self.text[last : match.start()]), r"(\d+)"]
+            last = match.end()
+        return re.compile("".join(parts) + re.escape(self.text[last:]))
+
+    @cached_property
+    def _offsets(self) -> tuple[int, ...]:
+        return tuple(int(match[2] or 0) for match in _INDEX.finditer(self.text))
+
+    def match(self, name: str) -> dict[str, int] | None:
+        """The indices for which this pattern spells `name`, or None."""
+        found = self._regex.fullmatch(name)
+        if found is None:
+            return None
+        indices: dict[str, int] = {}
+        for variable, digits, offset in zip(self.indices, found.groups(), self._offsets, strict=True):
+            value = int(digits) - offset
+            if value < 0 or indices.setdefault(variable, value) != value:
+                return None
+        return indices
+
+    def format(self, indices: Indices) -> str:
+        """The name this pattern spells for `indices`."""
+        return _INDEX.sub(lambda match: str(indices[match[1]] + int(match[2] or 0)), self.text)

@@ -1,0 +1,91 @@
+"""Writes a model spread over ranks to one complete Hugging Face folder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge import platform
+from megatron.bridge.conversion.hf import HFFolderWriter, copy_companions, write_config
+from megatron.bridge.conversion.live import Exporter, Model
+from megatron.bridge.conversion.progress import tracked
+from megatron.bridge.conversion.rank_agreement import gather, on_every_rank, on_rank_zero
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+
+
+def save_hf_folder(
+    bridge: "AutoBridge",
+    model: Model,
+    path: Path,
+    *,
+    companions: bool,
+    overwrite: bool = False,
+    show_progress: bool = False,
+    dtype: "torch.dtype | None" = None,
+    distributed_save: bool = True,
+    max_shard_bytes: float = 5e9,
+) -> Path:
+    """See `AutoBridge.save_hf_pretrained`. Collective."""
+    exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}")
+    dtypes = {name: dtype if dtype and held.is_floating_point else held for name, held in exporter.dtypes.items()}
+    tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}
+    writer = _open_together(path, tensors, max_shard_bytes, overwrite)
+    try:
+        _write_share(writer, exporter, dtype, distributed_save, show_progress)
+        on_rank_zero(lambda: _finish(writer, bridge, dtypes, companions), f"export to {path} failed")
+    except BaseException:
+        writer.abort()
+        raise
+    return path
+
+
+def _open_together(path: Path, tensors: Any, max_shard_bytes: float, overwrite: bool) -> HFFolderWriter:
+    """Rank 0 opens the folder, the others join it."""
+    writer = None
+
+    def open_first() -> None:
+        nonlocal writer
+        writer = HFFolderWriter(path, tensors, max_shard_bytes, overwrite)
+
+    on_rank_zero(open_first, f"export to {path} failed")
+    partial = gather(None if writer is None else str(writer.partial))[0]
+    if writer is None:
+        writer = HFFolderWriter(path, tensors, max_shard_bytes, partial=partial)
+    return writer
+
+
+def _write_share(
+    writer: HFFolderWriter, exporter: Exporter, dtype: "torch.dtype | None", distributed: bool, show_progress: bool
+) -> None:
+    rank, world = platform.rank(), platform.world_size()
+    files = writer.files_of(rank, world) if distributed else (writer.files if rank == 0 else ())
+    mine = {name for file in files for name in writer.tensors_of(file)}
+    # Every rank takes part in the gathering of every weight, so a failed write is kept until all are through.
+    failure: Exception | None = None
+    for name, tensor in tracked(exporter.weights(dtype), len(exporter.dtypes), "export", shown=show_progress):
+        if name in mine and failure is None:
+            try:
+                writer.write(name, tensor)
+            except Exception as error:
+                failure = error
+
+    def close() -> None:
+        if failure is not None:
+            raise failure
+        if rank != 0:
+            writer.close()
+
+    on_every_rank(close, f"export to {writer.folder} failed", BridgeError)
+
+
+def _finish(writer: HFFolderWriter, bridge: "AutoBridge", dtypes: "dict[str, torch.dtype]", companions: bool) -> None:
+    if companions and bridge.source is not None:
+        copy_companions(bridge.source.folder, writer.partial)
+    floating = {held for held in dtypes.values() if held.is_floating_point}
+    # Weights of several precisions (a policy per tensor) leave the configuration's statement as it was.
+    changes = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
+    write_config(writer.partial, bridge.config_json(**changes))
+    writer.finish()

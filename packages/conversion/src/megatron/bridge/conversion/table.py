@@ -1,0 +1,106 @@
+"""Weight rules and the table that holds a family's."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron.bridge.conversion.names import Indices, NamePattern, skeleton
+from megatron.bridge.conversion.shards import REPLICATED, ShardRule
+from megatron.bridge.conversion.transforms import Identity, Transform
+from megatron.bridge.errors import BridgeError
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """Joins one Megatron weight to one or more Hugging Face weights, for every value of the names' indices.
+
+    Args:
+        megatron: canonical Megatron name, as in its checkpoints, e.g. `decoder.layers.{l}.mlp.linear_fc2.weight`.
+        hf: Hugging Face name or names, in the order the transform takes them.
+        transform: the tensor function between the two sides.
+        shard: how tensor-parallel ranks divide the Megatron weight.
+    """
+
+    megatron: str
+    hf: str | tuple[str, ...]
+    transform: Transform = Identity()
+    shard: ShardRule = REPLICATED
+
+    def __post_init__(self) -> None:
+        spelled = {name: set(NamePattern(name).indices) for name in (self.megatron, *self.hf_names)}
+        if len(set(map(frozenset, spelled.values()))) > 1:
+            raise BridgeError(f"weight rule {self.megatron!r}: both sides must use the same indices, not {spelled}")
+
+    @cached_property
+    def hf_names(self) -> tuple[str, ...]:
+        """The Hugging Face names as a tuple."""
+        return (self.hf,) if isinstance(self.hf, str) else self.hf
+
+    @cached_property
+    def pattern(self) -> NamePattern:
+        """The Megatron name as a pattern."""
+        return NamePattern(self.megatron)
+
+    def hf_for(self, indices: Indices) -> tuple[str, ...]:
+        """The Hugging Face names at `indices`."""
+        return tuple(NamePattern(name).format(indices) for name in self.hf_names)
+
+
+@dataclass(frozen=True)
+class Tied:
+    """The Hugging Face weight `name` is the same tensor as `to`; a file may hold it or not."""
+
+    name: str
+    to: str
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """All that a family says about its weights.
+
+    Args:
+        rules: one rule per kind of weight.
+        tied: Hugging Face weights that repeat another one.
+        ignored: Hugging Face weights, by pattern, that carry nothing Megatron needs (buffers of old checkpoints).
+    """
+
+    rules: tuple[WeightRule, ...]
+    tied: tuple[Tied, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: dict[str, WeightRule] = {}
+        for rule in self.rules:
+            if rule.megatron in seen:
+                raise BridgeError(f"two weight rules for {rule.megatron!r}: {seen[rule.megatron].hf} and {rule.hf}")
+            seen[rule.megatron] = rule
+
+    @classmethod
+    def of(
+        cls, *fragments: WeightRule | Iterable[WeightRule], tied: Sequence[Tied] = (), ignored: Sequence[str] = ()
+    ) -> "WeightTable":
+        """A table from single rules and from fragments that families share."""
+        rules: list[WeightRule] = []
+        for fragment in fragments:
+            rules.extend([fragment] if isinstance(fragment, WeightRule) else fragment)
+        return cls(tuple(rules), tuple(tied), tuple(ignored))
+
+    @cached_property
+    def _by_skeleton(self) -> dict[str, list[WeightRule]]:
+        index = defaultdict(list)
+        for rule in self.rules:
+            index[rule.pattern.skeleton].append(rule)
+        return index
+
+    def resolve(self, megatron: str) -> tuple[WeightRule, Indices] | None:
+        """The rule for a canonical Megatron name with the indices it was met at, or None."""
+        for rule in self._by_skeleton.get(skeleton(megatron), ()):
+            indices = rule.pattern.match(megatron)
+            if indices is not None:
+                return rule, indices
+        return None
+
+    def ignores(self, hf: str) -> bool:
+        """Whether the table says, by name, that this Hugging Face weight is not needed."""
+        return any(NamePattern(pattern).match(hf) is not None for pattern in self.ignored)

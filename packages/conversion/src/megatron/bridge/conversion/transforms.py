@@ -1,0 +1,195 @@
+"""Pure, invertible functions between Hugging Face tensors and one Megatron tensor.
+
+A transform knows no model, process group or file. It reads its inputs through `Readable`, asking only for the rows and
+columns that the wanted region of the result needs, so the same code serves a tensor in memory and a slice on disk.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+type Shape = tuple[int, ...]
+# One (start, stop) per axis of the Megatron tensor.
+type Region = tuple[tuple[int, int], ...]
+
+
+class Readable(Protocol):
+    """A tensor that can be read in part."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def read(self, region: Region) -> "torch.Tensor": ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A `Readable` over a tensor at hand."""
+
+    tensor: "torch.Tensor"
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape)
+
+    def read(self, region: Region) -> "torch.Tensor":
+        return self.tensor[tuple(slice(start, stop) for start, stop in region)]
+
+
+def whole(shape: Shape) -> Region:
+    """The region that covers a tensor of `shape`."""
+    return tuple((0, size) for size in shape)
+
+
+def _on_axis(region: Region, axis: int, start: int, stop: int) -> Region:
+    return (*region[:axis], (start, stop), *region[axis + 1 :])
+
+
+class Transform(ABC):
+    """Joins a fixed number of Hugging Face tensors to one Megatron tensor.
+
+    `inverse(forward(x)) == x` bit for bit, and `forward(x, region) == forward(x, whole)[region]` for every region.
+    """
+
+    @abstractmethod
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        """The shape the inputs give; `megatron` is the model's, for transforms that follow it (padding)."""
+
+    @abstractmethod
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        """Shapes of the Hugging Face tensors that a Megatron tensor of this shape holds."""
+
+    @abstractmethod
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        """The given region of the Megatron tensor."""
+
+    @abstractmethod
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        """The Hugging Face tensors of a whole Megatron tensor (views where possible)."""
+
+
+@dataclass(frozen=True)
+class Identity(Transform):
+    """The same tensor on both sides."""
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return hf[0]
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [megatron]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        return hf[0].read(region)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return [megatron]
+
+
+@dataclass(frozen=True)
+class Concatenate(Transform):
+    """`count` equal tensors laid one after another along `axis` (gate and up projections)."""
+
+    count: int
+    axis: int = 0
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        total = sum(shape[self.axis] for shape in hf)
+        return (*hf[0][: self.axis], total, *hf[0][self.axis + 1 :])
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        part = (*megatron[: self.axis], megatron[self.axis] // self.count, *megatron[self.axis + 1 :])
+        return [part] * self.count
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        import torch
+
+        start, stop = region[self.axis]
+        pieces, first = [], 0
+        for tensor in hf:
+            size = tensor.shape[self.axis]
+            low, high = max(start, first), min(stop, first + size)
+            if low < high:
+                pieces.append(tensor.read(_on_axis(region, self.axis, low - first, high - first)))
+            first += size
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.axis)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return list(megatron.chunk(self.count, self.axis))
+
+
+@dataclass(frozen=True)
+class InterleaveGroups(Transform):
+    """Tensors cut into groups of rows and laid group by group: Megatron's fused QKV.
+
+    For query group g the result holds `rows[0]` rows of the first tensor, then `rows[1]` of the second, and so on:
+    `[q_0 ... q_k, k, v]` per group. Works on weights `[rows, hidden]` and on biases `[rows]`.
+
+    Args:
+        rows: rows per group that each tensor contributes.
+    """
+
+    rows: tuple[int, ...]
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of one group of the result."""
+        return sum(self.rows)
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return (sum(shape[0] for shape in hf), *hf[0][1:])
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        groups = megatron[0] // self.group_rows
+        return [(groups * rows, *megatron[1:]) for rows in self.rows]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        import torch
+
+        start, stop = region[0]
+        # A rank's rows need not begin at a group (fewer groups than ranks): read the groups that cover them, then trim.
+        first, last = start // self.group_rows, -(-stop // self.group_rows)
+        pieces = [
+            tensor.read(_on_axis(region, 0, first * rows, last * rows)).unflatten(0, (last - first, rows))
+            for tensor, rows in zip(hf, self.rows, strict=True)
+        ]
+        rows = torch.cat(pieces, 1).flatten(0, 1)
+        return rows[start - first * self.group_rows : stop - first * self.group_rows]
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        groups = megatron.unflatten(0, (-1, self.group_rows))
+        return [part.flatten(0, 1) for part in groups.split(self.rows, 1)]
+
+
+@dataclass(frozen=True)
+class PadRows(Transform):
+    """The Hugging Face tensor's `rows` rows, followed by rows of zeros up to what the Megatron model holds.
+
+    Megatron pads the vocabulary so that tensor-parallel ranks hold equal parts. Padding is never exported.
+    """
+
+    rows: int
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return (max(hf[0][0], megatron[0]), *hf[0][1:])
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [(self.rows, *megatron[1:])]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        import torch
+
+        start, stop = region[0]
+        held = max(0, min(stop, self.rows) - start)
+        # An empty read still gives the dtype and the other axes.
+        first = min(start, self.rows)
+        rows = hf[0].read(_on_axis(region, 0, first, first + held))
+        if held == stop - start:
+            return rows
+        return torch.cat([rows, rows.new_zeros(stop - start - held, *rows.shape[1:])])
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return [megatron[: self.rows]]

@@ -1,0 +1,162 @@
+"""Verification: the two sides compared, weight by weight and logit by logit, with the figures to show for it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.bridge.conversion.live import Model
+
+# Largest |difference| / largest |reference| that counts as the same function, by parameter dtype. In fp32 it leaves room
+# for another order of summation; bf16 and fp16 have 8 and 11 bits.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+class VerificationError(BridgeError):
+    """The two sides differ."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared and what came out.
+
+    `logit_difference` is max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
+    """
+
+    model: str
+    architecture: str
+    layout: Mapping[str, int]
+    layer_spec: str
+    dtype: str
+    weights_compared: int
+    weights_differing: tuple[str, ...]
+    logit_difference: float
+    logit_tolerance: float
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Every weight bitwise equal and the logits within tolerance."""
+        return not self.weights_differing and self.logit_difference <= self.logit_tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """The certificate as plain values."""
+        return {**asdict(self), "passed": self.passed}
+
+    def refuse_failure(self) -> None:
+        """Raise when the two sides differ.
+
+        Raises:
+            VerificationError: names the weights, or gives the logits' difference.
+        """
+        if self.weights_differing:
+            named = ", ".join(self.weights_differing[:8])
+            raise VerificationError(f"{len(self.weights_differing)} of {self.weights_compared} weights differ: {named}")
+        if not self.passed:
+            raise VerificationError(
+                f"logits differ by {self.logit_difference:.2e} relative to the largest; "
+                f"at most {self.logit_tolerance:.0e} was allowed ({self.dtype})"
+            )
+
+
+def reference_logits(folder: Path, input_ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron.bridge import platform
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids.to(platform.device())).logits
+    return logits.float()
+
+
+def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":
+    """Token ids [batch, sequence] that are the same on every rank and in every run."""
+    import torch
+
+    return torch.randint(0, vocab_size, (batch, sequence), generator=torch.Generator().manual_seed(20))
+
+
+def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
+    """max|ours - reference| / max|reference|; infinite when either holds a value that is not finite."""
+    if not (ours.isfinite().all() and reference.isfinite().all()):
+        return float("inf")
+    return float((ours - reference).abs().max() / reference.abs().max())
+
+
+def verify(
+    folder: Path,
+    model: "Model | None" = None,
+    megatron_path: Path | None = None,
+    layer_spec: str | None = None,
+    **layout: int,
+) -> Certificate:
+    """Compare a Hugging Face folder with its Megatron counterpart. Collective.
+
+    Args:
+        folder: the Hugging Face side.
+        model: the Megatron side, already built; None builds it from `megatron_path`, or from the folder itself.
+        megatron_path: a Megatron checkpoint to compare with.
+        layer_spec: layer spec to build with; None takes the machine's default.
+        layout: provider fields, e.g. `tensor_model_parallel_size=2`.
+    """
+    from megatron.bridge import platform
+    from megatron.bridge.conversion.logits import megatron_logits
+
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    if model is None:
+        options: dict[str, Any] = {**layout, **({"layer_spec": layer_spec} if layer_spec else {})}
+        if megatron_path is None:
+            model = bridge.to_megatron_model(**options)
+        else:
+            model = bridge.load_megatron_model(megatron_path, **options)
+    compared, differing, dtype = _compare_weights(bridge, model)
+    tokens = probe_tokens(bridge.hf_config.vocab_size).to(platform.device())
+    ours = megatron_logits(model, tokens)[..., : bridge.hf_config.vocab_size]
+    difference = relative_difference(ours, reference_logits(folder, tokens, dtype))
+    name = str(dtype).removeprefix("torch.")
+    return Certificate(
+        model=str(folder),
+        architecture=bridge.hf_config.architectures[0],
+        layout=dict(layout),
+        layer_spec=layer_spec or "default",
+        dtype=name,
+        weights_compared=compared,
+        weights_differing=tuple(differing),
+        logit_difference=difference,
+        logit_tolerance=LOGIT_TOLERANCE[name],
+        versions=_versions(),
+    )
+
+
+def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str], torch.dtype]":
+    """(weights compared, those that differ or stand on one side only, dtype). Bitwise, dtype included."""
+    import torch
+
+    source = bridge.source.weights  # type: ignore[union-attr]
+    differing, seen, dtype = [], set(), torch.float32
+    for name, tensor in bridge.export_hf_weights(model, cpu=True):
+        seen.add(name)
+        dtype = tensor.dtype if tensor.is_floating_point() else dtype
+        if name not in source or not torch.equal(source.read(name), tensor) or source[name].dtype != tensor.dtype:
+            differing.append(name)
+    table = bridge.model_bridge.mapping_registry()
+    tied = {tie.name for tie in table.tied}
+    differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
+    return len(seen), differing, dtype
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "megatron-core", "transformers", "megatron-bridge-conversion")}

@@ -1,0 +1,16 @@
+"""Llama 1, 2, 3, 3.1, 3.2 and 3.3 (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783)."""
+
+from megatron.bridge.models.families.dense import DenseBridge
+
+
+class LlamaBridge(DenseBridge):
+    """`LlamaForCausalLM`."""
+
+    def qkv_bias(self) -> bool:
+        return bool(self.hf_config.attention_bias)
+
+    def output_bias(self) -> bool:
+        return bool(self.hf_config.attention_bias)
+
+    def mlp_bias(self) -> bool:
+        return bool(self.hf_config.mlp_bias)

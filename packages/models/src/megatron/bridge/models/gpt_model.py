@@ -1,0 +1,35 @@
+"""Megatron-Core's GPT model, with a loss that the padded part of the vocabulary takes no part in."""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+class BridgeGPTModel(GPTModel):  # type: ignore[misc]
+    """`GPTModel` whose `unpadded_vocab_size` says how many of its output rows are real.
+
+    Megatron pads the vocabulary to suit tensor parallelism. Logits of padded rows would add to every softmax, so that the
+    same weights would have another loss at another layout; here they are masked.
+    """
+
+    unpadded_vocab_size: int | None = None
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy per token.
+
+        Args:
+            labels: token ids [batch, sequence].
+            logits: [sequence, batch, vocabulary / TP], this rank's share.
+
+        Returns:
+            Loss [batch, sequence].
+        """
+        held = self.unpadded_vocab_size
+        if held is not None and held < self.vocab_size:
+            logits = logits.masked_fill(self._padded_columns(logits, held), torch.finfo(logits.dtype).min)
+        return super().compute_language_model_loss(labels, logits)
+
+    def _padded_columns(self, logits: Tensor, held: int) -> Tensor:
+        share = logits.shape[-1]
+        first = share * self.pg_collection.tp.rank()
+        return torch.arange(first, first + share, device=logits.device) >= held

@@ -1,0 +1,138 @@
+"""`GPTModelProvider`: everything that defines a GPT model, as one dataclass that can build it."""
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs import LAYER_SPECS, default_layer_spec
+from megatron.bridge.models.layout_checks import layout_problems
+from megatron.bridge.models.model_provider import ModelProvider
+
+
+@dataclass(kw_only=True)
+class GPTModelProvider(ModelProvider, TransformerConfig):
+    """A GPT model: Megatron-Core's `TransformerConfig` fields, and what `GPTModel` needs besides.
+
+    The fields stay what the user set: Megatron-Core's checks and derived values are made on a fresh
+    `transformer_config()` each time, so any field can be changed at any moment before the model is built.
+
+    Args:
+        vocab_size: tokens of the tokenizer, before padding.
+        make_vocab_size_divisible_by: each tensor-parallel rank's share of the vocabulary is a multiple of this. Padded
+            rows are never exported and take no part in the loss.
+        seq_length: longest training sequence, in tokens.
+        position_embedding_type: `rope`, `learned_absolute` or `none`.
+        rotary_base, rotary_percent: RoPE's base and the share of each head that it turns.
+        rope_parameters: a Hugging Face `rope_parameters` dictionary when RoPE is scaled (llama3, yarn, linear, dynamic,
+            longrope); None for plain RoPE.
+        max_position_embeddings: positions the model was trained for; RoPE scalings refer to it.
+        share_embeddings_and_output_weights: tie the output layer to the embedding.
+        add_attention_output_bias, add_mlp_bias: bias of attention's output projection and of the MLP; None follows
+            `add_bias_linear`.
+        layer_spec: a name of the group `megatron.bridge.layer_specs`; None takes `transformer_engine` where it runs,
+            else `torch`.
+    """
+
+    vocab_size: int | None = None
+    make_vocab_size_divisible_by: int = 128
+    seq_length: int = 2048
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_parameters: dict[str, Any] | None = None
+    max_position_embeddings: int | None = None
+    share_embeddings_and_output_weights: bool = False
+    add_attention_output_bias: bool | None = None
+    add_mlp_bias: bool | None = None
+    fp16_lm_cross_entropy: bool = False
+    parallel_output: bool = True
+    scatter_embedding_sequence_parallel: bool = True
+    layer_spec: str | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        """Nothing: Megatron-Core's own checks run in `transformer_config()`."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """`vocab_size` rounded up so that every tensor-parallel rank holds an equal, well-aligned share."""
+        if self.vocab_size is None:
+            raise BridgeError("the model's vocab_size is not set; set it from the tokenizer")
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def finalize(self) -> None:
+        """Check the whole definition, without building anything.
+
+        Raises:
+            BridgeError: every problem found, each with what would fix it.
+        """
+        self.transformer_config()
+
+    def transformer_config(self) -> TransformerConfig:
+        """A fresh, checked Megatron-Core config of this model.
+
+        Raises:
+            BridgeError: sizes that do not divide, or what Megatron-Core refuses.
+        """
+        if problems := layout_problems(self):
+            raise BridgeError("the model cannot be built as configured:\n  " + "\n  ".join(problems))
+        values = {f.name: getattr(self, f.name) for f in fields(TransformerConfig) if f.init}
+        if values["pipeline_dtype"] is None:
+            values["pipeline_dtype"] = self.params_dtype
+        if self._provides_initial_weights():
+            values["perform_initialization"] = False
+        try:
+            return TransformerConfig(**values)
+        except (ValueError, AssertionError, TypeError) as error:
+            raise BridgeError(f"Megatron-Core refuses the model's configuration: {error}") from error
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> torch.nn.Module:
+        """One chunk of the model, for this rank's pipeline stage, on this process's device.
+
+        Args:
+            pre_process, post_process: hold the embedding, the output layer; None asks the pipeline stage.
+            vp_stage: virtual pipeline stage, or None without virtual stages.
+        """
+        from megatron.core import parallel_state
+
+        from megatron.bridge.models.biases import with_biases
+        from megatron.bridge.models.gpt_model import BridgeGPTModel
+        from megatron.bridge.models.rotary import apply_rope_parameters
+
+        config = self.transformer_config()
+        spec = LAYER_SPECS[self.layer_spec or default_layer_spec()](config, vp_stage=vp_stage)
+        spec = with_biases(spec, config, self.add_attention_output_bias, self.add_mlp_bias)
+        if pre_process is None:
+            pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        if post_process is None:
+            post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        model = BridgeGPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=self.padded_vocab_size,
+            max_sequence_length=self.max_position_embeddings or self.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
+            parallel_output=self.parallel_output,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+            vp_stage=vp_stage,
+        )
+        model.unpadded_vocab_size = self.vocab_size
+        if self.rope_parameters is not None:
+            apply_rope_parameters(model, self.rope_parameters, self.max_position_embeddings or self.seq_length)
+        return model
+
+    def replace(self, **changes: Any) -> "GPTModelProvider":
+        """A copy with some fields changed; the hooks registered on this one are not carried over."""
+        return dataclasses.replace(self, **changes)

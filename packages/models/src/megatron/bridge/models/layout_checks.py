@@ -1,0 +1,75 @@
+"""Whether a model's sizes fit its parallel layout; every misfit is told with the sizes that would fit."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+
+def layout_problems(provider: "GPTModelProvider") -> list[str]:
+    """Every size that the layout cannot divide, in words."""
+    return [*_sizes(provider), *_tensor_parallel(provider), *_pipeline_parallel(provider)]
+
+
+def _sizes(provider: "GPTModelProvider") -> Iterator[str]:
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(provider, name) <= 0:
+            yield f"{name}={getattr(provider, name)}: must be positive"
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    ):
+        if getattr(provider, name) < 1:
+            yield f"{name}={getattr(provider, name)}: must be at least 1"
+
+
+def _tensor_parallel(provider: "GPTModelProvider") -> Iterator[str]:
+    size = provider.tensor_model_parallel_size
+    heads, groups = provider.num_attention_heads, provider.num_query_groups or provider.num_attention_heads
+    if size < 1 or heads <= 0:
+        return
+    if heads % groups:
+        yield f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}"
+    if heads % size:
+        yield (
+            f"tensor_model_parallel_size={size} does not divide num_attention_heads={heads}; "
+            f"sizes that do: {_divisors(heads)}"
+        )
+    elif groups % size and size % groups:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+        yield (
+            f"tensor_model_parallel_size={size} and num_query_groups={groups}: one must divide the other; "
+            f"sizes that fit: {', '.join(map(str, fitting))}"
+        )
+    ffn = provider.ffn_hidden_size
+    if ffn is not None and ffn % size:
+        yield f"tensor_model_parallel_size={size} does not divide ffn_hidden_size={ffn}; sizes that do: {_divisors(ffn)}"
+    if provider.sequence_parallel and size == 1:
+        yield "sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False"
+
+
+def _pipeline_parallel(provider: "GPTModelProvider") -> Iterator[str]:
+    stages, virtual = provider.pipeline_model_parallel_size, provider.virtual_pipeline_model_parallel_size
+    if stages < 1 or provider.pipeline_model_parallel_layout is not None:
+        return
+    uneven = provider.num_layers_in_first_pipeline_stage, provider.num_layers_in_last_pipeline_stage
+    if uneven != (None, None):
+        return
+    if virtual is not None and stages == 1:
+        yield "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1; set it to None"
+        return
+    parts = stages * (virtual or 1)
+    layers = provider.num_layers
+    if layers > 0 and layers % parts:
+        what = f"pipeline_model_parallel_size={stages}" + (
+            f" x virtual_pipeline_model_parallel_size={virtual} = {parts} parts" if virtual else ""
+        )
+        yield f"{what} does not divide num_layers={layers}; numbers of parts that do: {_divisors(layers)}"
+
+
+def _divisors(number: int, listed: int = 12) -> str:
+    found = [n for n in range(1, number + 1) if number % n == 0]
+    return ", ".join(map(str, found[:listed])) + (", ..." if len(found) > listed else "")

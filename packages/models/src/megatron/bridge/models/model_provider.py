@@ -1,0 +1,139 @@
+"""The part of a provider that every kind of model shares: parallel state, wrapping, hooks."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+type PreWrapHook = "Callable[[list[torch.nn.Module]], list[torch.nn.Module] | None]"
+
+_PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+class ModelProvider:
+    """Builds the chunks of a model on this rank and wraps them for training.
+
+    A subclass is a dataclass over Megatron-Core's `TransformerConfig` and defines `transformer_config()` and `provide()`.
+    """
+
+    def transformer_config(self) -> "TransformerConfig":
+        raise NotImplementedError(f"{type(self).__name__} must define transformer_config()")
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> "torch.nn.Module":
+        raise NotImplementedError(f"{type(self).__name__} must define provide()")
+
+    def register_pre_wrap_hook(self, hook: PreWrapHook, *, loads_weights: bool = False) -> None:
+        """Call `hook(chunks)` after the chunks are built and before they are wrapped, in order of registration.
+
+        Args:
+            hook: may change the chunks in place, or return new ones.
+            loads_weights: the hook fills every weight, so that random initialisation can be left out.
+        """
+        self.__dict__.setdefault("_pre_wrap_hooks", []).append((hook, loads_weights))
+
+    def _hooks(self) -> "list[tuple[PreWrapHook, bool]]":
+        return list(self.__dict__.get("_pre_wrap_hooks", ()))
+
+    def _provides_initial_weights(self) -> bool:
+        return any(loads_weights for _, loads_weights in self._hooks())
+
+    def initialize_model_parallel(self, seed: int = 1234) -> None:
+        """Build Megatron-Core's process groups for this layout and seed its random state. Collective.
+
+        Groups that exist are kept when they have this layout.
+
+        Raises:
+            BridgeError: the layout does not fit the number of ranks, or other groups exist already.
+        """
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        from megatron.bridge import platform
+
+        platform.initialize_distributed()
+        sizes = {name: getattr(self, name) for name in _PARALLEL_SIZES}
+        if parallel_state.is_initialized():
+            _refuse_other_layout(sizes)
+        else:
+            _refuse_misfit(sizes, platform.world_size())
+            parallel_state.initialize_model_parallel(**sizes)
+        model_parallel_cuda_manual_seed(seed)
+
+    def provide_distributed_model(
+        self,
+        ddp_config: "DistributedDataParallelConfig | None" = None,
+        wrap_with_ddp: bool = True,
+        pre_wrap_hook: PreWrapHook | None = None,
+        seed: int = 1234,
+    ) -> "list[torch.nn.Module]":
+        """This rank's model: one module, or one per virtual pipeline stage. Collective.
+
+        Initialises torch.distributed and the process groups where that has not been done.
+
+        Args:
+            ddp_config: settings of Megatron-Core's DDP; its defaults when None.
+            wrap_with_ddp: wrap for training. Without it the bare model comes back, for conversion and inference.
+            pre_wrap_hook: called with the chunks after those that were registered (weights are loaded by then); this is
+                where PEFT methods are applied.
+            seed: of the weights' initialisation and dropout.
+
+        Raises:
+            BridgeError: the definition, the layout or a hook is refused.
+        """
+        from megatron.bridge.models.wrapping import prepared_chunks, with_ddp
+
+        config = self.transformer_config()
+        self.initialize_model_parallel(seed)
+        chunks = [self.provide(vp_stage=stage) for stage in self._virtual_stages()]
+        hooks = [hook for hook, _ in self._hooks()] + ([pre_wrap_hook] if pre_wrap_hook else [])
+        for hook in hooks:
+            chunks = hook(chunks) or chunks
+        chunks = prepared_chunks(chunks, config)
+        return with_ddp(chunks, config, ddp_config) if wrap_with_ddp else chunks
+
+    def _virtual_stages(self) -> list[int | None]:
+        virtual: int | None = getattr(self, "virtual_pipeline_model_parallel_size", None)
+        return [None] if virtual is None else list(range(virtual))
+
+
+def _refuse_misfit(sizes: dict[str, Any], world: int) -> None:
+    tensor, pipeline = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
+    context = sizes["context_parallel_size"]
+    ranks = tensor * pipeline * context
+    if world % ranks:
+        raise BridgeError(
+            f"the layout needs a multiple of {ranks} ranks (tensor {tensor} x pipeline {pipeline} x context {context}), "
+            f"and {world} {'is' if world == 1 else 'are'} running; start {ranks} ranks "
+            f"(torchrun --nproc-per-node {ranks}), or make the layout smaller"
+        )
+
+
+def _refuse_other_layout(sizes: dict[str, Any]) -> None:
+    from megatron.core import parallel_state
+
+    built = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+    }
+    wrong = [f"{name}={sizes[name]} (built: {size})" for name, size in built.items() if sizes[name] != size]
+    if wrong:
+        raise BridgeError(
+            f"Megatron's process groups exist already with another layout: {', '.join(wrong)}; call "
+            "megatron.core.parallel_state.destroy_model_parallel() first, or use the layout that was built"
+        )

@@ -1,0 +1,85 @@
+"""Scaled rotary position embeddings, with the formulas of `transformers.modeling_rope_utils`.
+
+Sources: linear (kaiokendev, 2023), dynamic NTK (bloc97, 2023), YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753) and
+Llama 3.1's frequency bands (arXiv:2407.21783).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor, nn
+
+from megatron.bridge.errors import BridgeError, did_you_mean
+
+# Scalings whose frequencies depend on the length of the sequence at hand.
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+def apply_rope_parameters(model: Any, rope_parameters: dict[str, Any], max_position_embeddings: int) -> None:
+    """Replace a model's plain RoPE frequencies by scaled ones.
+
+    Args:
+        model: a GPT model chunk that uses RoPE.
+        rope_parameters: Hugging Face's dictionary: `rope_type`, `rope_theta`, and the scaling's own values.
+        max_position_embeddings: positions the Hugging Face configuration states.
+
+    Raises:
+        BridgeError: transformers does not know the scaling, or a value it needs is missing.
+    """
+    rotary = _ScaledFrequencies(
+        rope_parameters, max_position_embeddings, model.config.kv_channels, model.rotary_percent
+    )
+    plain: RotaryEmbedding = model.rotary_pos_emb
+    model.rotary_pos_emb = _ScaledRotaryEmbedding(plain, rotary)
+    for module in model.modules():
+        if hasattr(module, "_yarn_concentration_factor"):
+            # Megatron-Core multiplies cosine and sine by this value, whichever scaling it came from.
+            module._yarn_concentration_factor = rotary.attention_factor
+
+
+class _ScaledFrequencies:
+    """inv_freq [rotary dimension / 2] for a sequence length, and the factor on cosine and sine."""
+
+    def __init__(self, rope_parameters: dict[str, Any], positions: int, head_dim: int, rotary_percent: float) -> None:
+        from transformers import PretrainedConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        self.rope_type = str(rope_parameters.get("rope_type"))
+        if self.rope_type not in ROPE_INIT_FUNCTIONS:
+            raise BridgeError(
+                f"rope_parameters: rope_type {self.rope_type!r} is unknown{did_you_mean(self.rope_type, ROPE_INIT_FUNCTIONS)} "
+                f"(known: {', '.join(sorted(ROPE_INIT_FUNCTIONS))})"
+            )
+        self._function: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[self.rope_type]
+        self._config = PretrainedConfig()
+        self._config.rope_parameters = {"partial_rotary_factor": rotary_percent, **rope_parameters}
+        self._config.head_dim = head_dim
+        self._config.max_position_embeddings = positions
+        self.attention_factor = self.for_length(None)[1]
+
+    def for_length(self, length: int | None) -> tuple[Tensor, float]:
+        try:
+            return self._function(self._config, torch.device("cpu"), seq_len=length)
+        except KeyError as error:
+            raise BridgeError(
+                f"rope_parameters: rope_type {self.rope_type!r} needs {error} (given: {self._config.rope_parameters})"
+            ) from error
+
+
+class _ScaledRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+    """Megatron-Core's rotary embedding over scaled frequencies."""
+
+    def __init__(self, plain: RotaryEmbedding, frequencies: _ScaledFrequencies) -> None:
+        nn.Module.__init__(self)
+        self.rotary_interleaved = plain.rotary_interleaved
+        self.seq_len_interpolation_factor = None
+        self.cp_group = plain.cp_group
+        self._frequencies = frequencies
+        self.inv_freq = frequencies.for_length(None)[0].to(plain.inv_freq.device)
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        if self._frequencies.rope_type in _BY_LENGTH:
+            self.inv_freq = self._frequencies.for_length(max_seq_len)[0].to(self.inv_freq.device)
+        return super().get_emb(max_seq_len, offset)
