@@ -32,10 +32,6 @@ GROUPS: Mapping[str, str] = {
 class RegistryError(BridgeError, LookupError):
     """A plugin lookup failed."""
 
-    # KeyError's and LookupError's repr of the message would hide its line breaks.
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class UnknownPlugin(RegistryError):
     """Nothing installed offers the name."""
@@ -235,7 +231,7 @@ class Registry[T]:
 
     def _load(self, offer: Offer) -> T:
         try:
-            value: T = _SoleDriver(importlib.metadata.EntryPoint(offer.name, offer.target, self.group)).driver  # type: ignore[assignment]
+            value: T = _SoleDriver(importlib.metadata.EntryPoint(offer.name, offer.target, self.group)).driver
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also sys.exit() and a test framework's own exits in the plugin's module

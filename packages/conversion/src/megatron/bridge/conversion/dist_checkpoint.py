@@ -356,7 +356,7 @@ def _shape_difference(shard: Any, stored: Mapping[str, Any]) -> str | None:
 
 
 def _without_absent_extra_state(sharded_state_dict: ShardedStateDict, metadata: "Metadata") -> ShardedStateDict:
-    """A copy without the `_extra_state` objects that the checkpoint lacks: whether they exist depends on the layer spec."""
+    """A copy without the `_extra_state` objects that the checkpoint lacks: which exist depends on the layer spec."""
     from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

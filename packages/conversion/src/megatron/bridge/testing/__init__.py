@@ -1,5 +1,7 @@
 """The test kit: what this project runs on itself, offered to plugin authors."""
 
+from megatron.bridge.platform.engine import import_engine
 from megatron.bridge.platform.launch import RankFailed, run_ranks
+from megatron.bridge.testing.hf_models import random_model, save_random_model
 
-__all__ = ["RankFailed", "run_ranks"]
+__all__ = ["RankFailed", "import_engine", "random_model", "run_ranks", "save_random_model"]

@@ -55,7 +55,8 @@ class _ScaledFrequencies:
         self._function: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[self.rope_type]
         self._config = PretrainedConfig()
         self._config.rope_parameters = {"partial_rotary_factor": rotary_percent, **rope_parameters}
-        self._config.head_dim = head_dim
+        # One head of the right size is all that the formulas ask of the model.
+        self._config.hidden_size, self._config.num_attention_heads, self._config.head_dim = head_dim, 1, head_dim
         self._config.max_position_embeddings = positions
         self.attention_factor = self.for_length(None)[1]
 

@@ -1,0 +1,227 @@
+"""Training speed on this machine: three loops around one Llama, in turn, as tokens per second.
+
+`uv run python benchmarks/train.py` compares, in fp32 and one process each,
+
+- bridge: Megatron-Core's schedule, DDP and optimizer with this project's layer spec `torch`;
+- megatron: the same with Megatron-Core's own layer spec `local`;
+- transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW`.
+
+Every loop clips gradients to norm 1 and sees the same tokens. Each has a process of its own, kept warm, and they take
+turns, so that whatever else runs here slows all alike; the medians over the rounds are compared.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The Llama that is trained: 8 query heads to every 4 key heads (GQA), untied embeddings."""
+
+    layers: int = 8
+    hidden: int = 512
+    ffn: int = 1408
+    heads: int = 8
+    key_heads: int = 4
+    vocabulary: int = 2048
+    length: int = 512
+    batch: int = 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch * self.length
+
+
+type Step = Callable[[], float]
+LEARNING_RATE = 3e-4
+
+
+def batches(shape: Shape) -> Iterator[torch.Tensor]:
+    """Rows of `length + 1` random tokens, the same for every loop."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(0, shape.vocabulary, (shape.batch, shape.length + 1), generator=generator)
+
+
+def transformers_loop(shape: Shape) -> Step:
+    """A plain loop around transformers' Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        max_position_embeddings=shape.length,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    rows = batches(shape)
+
+    def step() -> float:
+        row = next(rows)
+        targets = row[:, 1:].contiguous()
+        loss = model(input_ids=row[:, :-1], labels=targets, shift_labels=targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def megatron_loop(shape: Shape, spec: str) -> Step:
+    """Megatron-Core's own schedule, DDP and optimizer around a GPT model of the named layer spec."""
+    from megatron.bridge.platform import initialize_distributed
+
+    initialize_distributed()
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    model = _gpt_model(shape, spec)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0), [wrapped])
+    forward_backward = get_forward_backward_func()
+    rows = batches(shape)
+    positions = torch.arange(shape.length).expand(shape.batch, -1)
+
+    def forward(iterator: Iterator[torch.Tensor], module: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        row = next(iterator)
+        losses = module(row[:, :-1].contiguous(), positions, None, labels=row[:, 1:].contiguous())
+        return losses, lambda output: (output.mean(), {"loss": output.detach().mean()})
+
+    def step() -> float:
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        reduced = forward_backward(
+            forward_step_func=forward,
+            data_iterator=rows,
+            model=[wrapped],
+            num_microbatches=1,
+            seq_length=shape.length,
+            micro_batch_size=shape.batch,
+            forward_only=False,
+        )
+        optimizer.step()
+        return float(reduced[0]["loss"])
+
+    return step
+
+
+def _gpt_model(shape: Shape, spec: str) -> Any:
+    from megatron.bridge.models.layer_specs import LAYER_SPECS
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.key_heads,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+    )
+    return GPTModel(
+        config,
+        LAYER_SPECS[spec](config, vp_stage=None),
+        vocab_size=shape.vocabulary,
+        max_sequence_length=shape.length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+LOOPS: dict[str, Callable[[Shape], Step]] = {
+    "bridge": lambda shape: megatron_loop(shape, "torch"),
+    "megatron": lambda shape: megatron_loop(shape, "local"),
+    "transformers": transformers_loop,
+}
+
+
+def serve(name: str, shape: Shape, requests: Connection) -> None:
+    """Run in a process of its own: answer each request for n steps with (seconds, last loss)."""
+    step = LOOPS[name](shape)
+    while count := requests.recv():
+        begin = time.perf_counter()
+        losses = [step() for _ in range(count)]
+        requests.send((time.perf_counter() - begin, losses[-1]))
+
+
+def measure(names: list[str], shape: Shape, rounds: int, steps: int) -> dict[str, tuple[list[float], float]]:
+    """Tokens per second of each round and the last loss, by loop."""
+    context = multiprocessing.get_context("spawn")
+    lines: dict[str, Connection] = {}
+    for name in names:
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(name, shape, there), daemon=True).start()
+        there.close()
+        lines[name] = here
+        _ask(here, 2)  # warm up, and start one after another
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    last_loss = dict.fromkeys(names, 0.0)
+    for _ in range(rounds):
+        for name, line in lines.items():
+            seconds, last_loss[name] = _ask(line, steps)
+            speeds[name].append(steps * shape.tokens / seconds)
+    for line in lines.values():
+        line.send(0)
+    return {name: (speeds[name], last_loss[name]) for name in names}
+
+
+def _ask(line: Connection, steps: int) -> tuple[float, float]:
+    line.send(steps)
+    answer: tuple[float, float] = line.recv()
+    return answer
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each loop (default: 7)")
+    parser.add_argument("--steps", type=int, default=2, help="training steps in a turn (default: 2)")
+    parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens in a step (default: 4)")
+    parser.add_argument("--only", nargs="+", choices=LOOPS, default=list(LOOPS), help="loops to run")
+    arguments = parser.parse_args()
+    shape = Shape(batch=arguments.batch)
+    results = measure(arguments.only, shape, arguments.rounds, arguments.steps)
+    print(f"{shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"median of {arguments.rounds} rounds of {arguments.steps} steps, taken in turn\n")
+    print(f"{'loop':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'loss':>8}   bridge is")
+    reference = statistics.median(results[arguments.only[0]][0])
+    for name, (speeds, loss) in results.items():
+        median = statistics.median(speeds)
+        print(
+            f"{name:14}{median:10.0f}{min(speeds):8.0f}{max(speeds):8.0f}{loss:8.3f}   {reference / median:.2f} x as fast"
+        )
+
+
+if __name__ == "__main__":
+    main()

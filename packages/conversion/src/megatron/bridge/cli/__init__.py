@@ -1,0 +1,1 @@
+"""The command line `megatron-bridge`: its root, and the commands that look at the installation."""

@@ -1,0 +1,37 @@
+"""Tiny random transformers models for comparisons."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1) -> "PreTrainedModel":
+    """A causal language model of `config` in which no weight has a special value.
+
+    Freshly made norms are all ones and biases all zeros, and a conversion could mix those up unseen.
+
+    Args:
+        config: the model's configuration; its dtype is used.
+        seed: of every random number.
+        spread: standard deviation of the noise added to every weight.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model
+
+
+def save_random_model(config: "PretrainedConfig", folder: Path, seed: int = 0) -> "dict[str, torch.Tensor]":
+    """Save `random_model(config, seed)` to `folder`; returns what the files hold."""
+    from safetensors.torch import load_file
+
+    random_model(config, seed).save_pretrained(folder)
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

@@ -1,0 +1,93 @@
+"""Every transform is undone by its inverse, and gives any region of its result from the bytes of that region alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW
+from megatron.bridge.conversion.transforms import Concatenate, Identity, InMemory, InterleaveGroups, PadRows, whole
+
+SIZES = st.integers(1, 5)
+
+
+def tensors(*shapes):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@st.composite
+def cases(draw):
+    """(transform, Hugging Face tensors, Megatron shape)"""
+    columns = draw(st.sampled_from([(), (draw(SIZES),)]))
+    kind = draw(st.sampled_from(["identity", "concatenate", "interleave", "pad"]))
+    if kind == "identity":
+        shape = (draw(SIZES) * 4, *columns)
+        return Identity(), tensors(shape), shape
+    if kind == "concatenate":
+        count, rows = draw(st.integers(2, 3)), draw(SIZES) * 2
+        return Concatenate(count), tensors(*[(rows, *columns)] * count), (rows * count, *columns)
+    if kind == "interleave":
+        groups, rows = draw(SIZES), tuple(draw(st.lists(SIZES, min_size=2, max_size=3)))
+        shapes = [(groups * row, *columns) for row in rows]
+        return InterleaveGroups(rows), tensors(*shapes), (groups * sum(rows), *columns)
+    rows, padding = draw(SIZES), draw(st.integers(0, 5))
+    return PadRows(rows), tensors((rows, *columns)), (rows + padding, *columns)
+
+
+@given(cases())
+@settings(deadline=None)
+def test_inverse_undoes_forward(case):
+    transform, hf, shape = case
+    megatron = transform.forward([InMemory(tensor) for tensor in hf], whole(shape))
+    assert tuple(megatron.shape) == shape
+    assert transform.megatron_shape([tuple(tensor.shape) for tensor in hf], shape) == shape
+    assert transform.hf_shapes(shape) == [tuple(tensor.shape) for tensor in hf]
+    for back, tensor in zip(transform.inverse(megatron), hf, strict=True):
+        assert torch.equal(back, tensor)
+
+
+@given(cases(), st.data())
+@settings(deadline=None)
+def test_any_region_alone_is_that_region_of_the_whole(case, data):
+    transform, hf, shape = case
+    inputs = [InMemory(tensor) for tensor in hf]
+    region = tuple(
+        (start := data.draw(st.integers(0, size - 1)), data.draw(st.integers(start + 1, size))) for size in shape
+    )
+    part = transform.forward(inputs, region)
+    full = transform.forward(inputs, whole(shape))
+    assert torch.equal(part, full[tuple(slice(*bounds) for bounds in region)])
+
+
+def test_interleaving_lays_out_groups_as_megatron_reads_them():
+    q, k, v = torch.arange(0, 4), torch.arange(10, 12), torch.arange(20, 22)
+    fused = InterleaveGroups((2, 1, 1)).forward([InMemory(t) for t in (q, k, v)], ((0, 8),))
+    assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+@pytest.mark.parametrize("rule", [REPLICATED, COLUMN, ROW, GATED_COLUMN], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shards_join_to_the_whole(rule, size):
+    (tensor,) = tensors((16, 8))
+    parts = rule.split(tensor, size)
+    assert torch.equal(rule.join(parts), tensor)
+    for rank, part in enumerate(parts):
+        assert tuple(part.shape) == rule.local_shape((16, 8), size)
+        assert rule.global_shape(tuple(part.shape), size) == (16, 8)
+        pieces = [tensor[tuple(slice(*b) for b in region)] for region in rule.regions((16, 8), rank, size)]
+        axis = getattr(rule, "axis", 0)
+        assert torch.equal(torch.cat(pieces, axis), part)
+
+
+def test_a_gated_projection_keeps_gate_and_up_apart_on_every_rank():
+    gate, up = torch.arange(0, 4), torch.arange(10, 14)
+    first, second = GATED_COLUMN.split(torch.cat([gate, up]), 2)
+    assert first.tolist() == [0, 1, 10, 11]
+    assert second.tolist() == [2, 3, 12, 13]
+
+
+def test_what_does_not_divide_is_known():
+    assert GATED_COLUMN.divides((12,), 3)
+    assert not GATED_COLUMN.divides((12,), 4)
+    assert not COLUMN.divides((6, 2), 4)
+    assert REPLICATED.divides((7,), 4)

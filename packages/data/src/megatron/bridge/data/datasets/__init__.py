@@ -1,0 +1,1 @@
+"""Dataset providers: one file each."""

@@ -1,0 +1,136 @@
+"""From a map-style dataset to the batches of one rank: ordered, deterministic, resumable at any sample.
+
+Step `k` of a run draws samples `[k * global_batch_size, (k + 1) * global_batch_size)`. Ranks take turns of
+`micro_batch_size` within it, so the samples of a step stay the same when the number of ranks changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# BlendedDataset says where a sample came from; a forward step has no use for it.
+_NOT_FOR_THE_MODEL = frozenset({"dataset_id"})
+
+
+class OutOfSamples(BridgeError):
+    """The run asks for more samples than the dataset holds."""
+
+
+class MicroBatchSampler:
+    """Indices of this rank's micro-batches, in order, from `consumed_samples` on; stops before a partial step."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        consumed_samples: int,
+    ) -> None:
+        _check_sizes(micro_batch_size, global_batch_size, dp_rank, dp_size, consumed_samples)
+        self.num_samples = num_samples
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.stride = micro_batch_size * dp_size
+        self.offset = micro_batch_size * dp_rank
+        self.consumed_samples = consumed_samples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.consumed_samples
+        while step + self.global_batch_size <= self.num_samples:
+            for block in range(step, step + self.global_batch_size, self.stride):
+                first = block + self.offset
+                yield list(range(first, first + self.micro_batch_size))
+            step += self.global_batch_size
+
+    def __len__(self) -> int:
+        left = max(self.num_samples - self.consumed_samples, 0)
+        return left // self.global_batch_size * (self.global_batch_size // self.stride)
+
+
+def build_data_iterator(
+    dataset: Any,
+    micro_batch_size: int,
+    global_batch_size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    consumed_samples: int = 0,
+    num_workers: int = 0,
+    seed: int = 1234,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's micro-batches: dicts of `tokens`, `labels`, `loss_mask`, `position_ids`, each [micro_batch, seq].
+
+    `attention_mask`, [micro_batch, 1, seq, seq], is there when the dataset makes one.
+
+    Args:
+        dataset: a map-style dataset whose order is its own (Megatron-Core's are shuffled when built).
+        micro_batch_size, global_batch_size: samples per forward on one rank, and per step on all ranks.
+        dp_rank, dp_size: this rank's place among the data-parallel ranks.
+        consumed_samples: where to start: the samples that all ranks together have drawn before.
+        num_workers: processes that load ahead; 0 loads here.
+        seed: seeds the workers; torch's own generator is never drawn from, so that resuming stays exact.
+        pin_memory: page-locked batches, for copies to a GPU that overlap with work.
+
+    Raises:
+        BridgeError: sizes that do not fit each other.
+        OutOfSamples: from `next`, when the dataset cannot fill one more step.
+    """
+    num_samples = len(dataset)
+    sampler = MicroBatchSampler(num_samples, micro_batch_size, global_batch_size, dp_rank, dp_size, consumed_samples)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        generator=torch.Generator().manual_seed(seed),
+        pin_memory=pin_memory,
+    )
+    return _until_exhausted(loader, num_samples, consumed_samples, global_batch_size)
+
+
+def _until_exhausted(
+    loader: DataLoader[Any], found: int, consumed: int, global_batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    yield from loader
+    steps = max(found - consumed, 0) // global_batch_size
+    asked = consumed + (steps + 1) * global_batch_size
+    raise OutOfSamples(
+        f"the dataset has {found} samples, and the next step asks for samples up to {asked} "
+        f"(global_batch_size={global_batch_size}, {consumed} consumed before this iterator was built, "
+        f"{steps} steps drawn from it); train for fewer steps, or build the dataset with at least {asked} samples"
+    )
+
+
+def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    kept = [{key: value for key, value in sample.items() if key not in _NOT_FOR_THE_MODEL} for sample in samples]
+    batch: dict[str, Tensor] = default_collate(kept)
+    return batch
+
+
+def _check_sizes(
+    micro_batch_size: int, global_batch_size: int, dp_rank: int, dp_size: int, consumed_samples: int
+) -> None:
+    if micro_batch_size < 1 or global_batch_size < 1:
+        raise BridgeError(
+            f"micro_batch_size={micro_batch_size} and global_batch_size={global_batch_size} must be at least 1"
+        )
+    if not 0 <= dp_rank < dp_size:
+        raise BridgeError(f"data-parallel rank {dp_rank} lies outside the {dp_size} data-parallel ranks")
+    if global_batch_size % (micro_batch_size * dp_size):
+        raise BridgeError(
+            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
+            f"{dp_size} data-parallel ranks = {micro_batch_size * dp_size}; change one of them"
+        )
+    if consumed_samples < 0:
+        raise BridgeError(f"consumed_samples={consumed_samples} must not be negative")

@@ -1,0 +1,1 @@
+"""Several models, each with its own parallelism, trained as one."""

@@ -1,0 +1,1 @@
+"""A training loop on Megatron-Core that reads from top to bottom."""

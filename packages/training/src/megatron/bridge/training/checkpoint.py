@@ -1,0 +1,182 @@
+"""A run's checkpoints: model, optimizer, schedule, random state and data position, in Megatron-LM's key layout.
+
+`save_checkpoint` and `load_checkpoint` work on the parts, for a loop of one's own; `save`, `restore` and `start_from`
+on a `RunState`. How the files are written is `megatron.bridge.conversion.dist_checkpoint`'s business.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
+from megatron.bridge.training.random_state import random_state, restore_random_state
+from megatron.bridge.training.run_config import to_yaml
+from megatron.bridge.training.state import TrainProgress
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.state import RunState
+
+RUN_CONFIG = "run_config.yaml"
+
+# Tells Megatron-Core how to name and split what it saves: one tensor per parameter, whatever the layout. Megatron-Core
+# adds process groups to the dict it is given, so it gets a copy.
+_SHARDING: Mapping[str, Any] = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+# What a checkpoint may hold that a loader of weights alone leaves unread.
+_BESIDES_WEIGHTS = ("optimizer.", "rng_state")
+
+
+def save_checkpoint(
+    iteration: int,
+    model: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    cfg: "ConfigContainer",
+    consumed_samples: int | None = None,
+) -> Path:
+    """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, and `run_config.yaml`. Collective.
+
+    Args:
+        iteration: optimizer steps done.
+        model: chunks of this rank, wrapped or not.
+        optimizer, scheduler: None leaves them out.
+        consumed_samples: training sequences drawn; None for `iteration * cfg.train.global_batch_size`.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        BridgeError: no folder is configured, or it cannot be written.
+    """
+    if cfg.checkpoint.save is None:
+        raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
+    drawn = iteration * cfg.train.global_batch_size if consumed_samples is None else consumed_samples
+    state = _model_state(model) | {
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "consumed_samples": drawn,
+        "parallel_layout": _layout(),
+        "rng_state": random_state(),
+    }
+    if optimizer is not None:
+        prepare_optimizer_state(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    return dist_checkpoint.save(
+        cfg.checkpoint.save, iteration, state, side_files={RUN_CONFIG: to_yaml(cfg)}, content_metadata=dict(_SHARDING)
+    )
+
+
+def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "ConfigContainer") -> TrainProgress:
+    """Load `cfg.checkpoint.load` into the given parts, in place, at any TP, PP and DP. Collective.
+
+    Random state is restored when the layout is the one that saved it, and seeded from the configuration otherwise.
+
+    Args:
+        optimizer, scheduler: None (or `checkpoint.load_optim=False`) leaves them as they are.
+
+    Returns:
+        How far the saved run was.
+
+    Raises:
+        BridgeError: no checkpoint, a damaged one, or one of another model; the message names the key or the file.
+    """
+    if cfg.checkpoint.load is None:
+        raise BridgeError("checkpoint.load is not set: there is nothing to load from")
+    folder = dist_checkpoint.resolve(cfg.checkpoint.load)
+    common = dist_checkpoint.load_common(folder)
+    if "iteration" not in common:
+        raise BridgeError(
+            f"{folder} holds weights only, no training state; start from it with checkpoint.pretrained_checkpoint"
+        )
+    state = _model_state(model)
+    ignore: tuple[str, ...] = ()
+    same_layout = common.get("parallel_layout") == _layout()
+    if cfg.checkpoint.load_rng and same_layout:
+        state["rng_state"] = random_state()
+    else:
+        ignore += ("rng_state",)
+    if optimizer is not None and cfg.checkpoint.load_optim:
+        prepare_optimizer_state(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_SHARDING))
+    else:
+        ignore += ("optimizer.",)
+    loaded = dist_checkpoint.load(folder, state, ignore=ignore)
+    _load_into(model, loaded)
+    if "optimizer" in state:
+        load_optimizer_state(optimizer, loaded["optimizer"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+    if scheduler is not None and cfg.checkpoint.load_optim:
+        # `load_state_dict` steps forward from where the schedule stands.
+        scheduler.num_steps = 0
+        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if "rng_state" in state:
+        restore_random_state(loaded["rng_state"])
+    return TrainProgress(iteration=loaded["iteration"], consumed_samples=loaded["consumed_samples"])
+
+
+def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
+    """Load a checkpoint's weights alone, e.g. those that `AutoBridge.import_ckpt` converted. Collective."""
+    loaded = dist_checkpoint.load(path, _model_state(model), ignore=_BESIDES_WEIGHTS)
+    _load_into(model, loaded)
+    if optimizer is not None:
+        optimizer.reload_model_params()
+
+
+def save(run: "RunState") -> Path:
+    """Save `run` as it is now."""
+    progress = run.progress
+    return save_checkpoint(
+        progress.iteration, run.model, run.optimizer, run.scheduler, run.cfg, progress.consumed_samples
+    )
+
+
+def restore(run: "RunState") -> None:
+    """Put `run` where `checkpoint.load` left off.
+
+    Raises:
+        BridgeError: see `load_checkpoint`.
+    """
+    run.progress = load_checkpoint(run.model, run.optimizer, run.scheduler, run.cfg)
+
+
+def start_from(run: "RunState") -> None:
+    """Give a fresh run the weights of `checkpoint.pretrained_checkpoint`."""
+    assert run.cfg.checkpoint.pretrained_checkpoint is not None
+    load_weights(run.model, run.optimizer, run.cfg.checkpoint.pretrained_checkpoint)
+
+
+def _model_state(model: list[Any]) -> dict[str, Any]:
+    """Sharded state of each chunk, under `model`, or `model0`, `model1`, ... for virtual pipeline stages."""
+    from megatron.core.utils import unwrap_model
+
+    names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+    return {
+        name: unwrap_model(chunk).sharded_state_dict(metadata=dict(_SHARDING))
+        for name, chunk in zip(names, model, strict=True)
+    }
+
+
+def _load_into(model: list[Any], loaded: dict[str, Any]) -> None:
+    from megatron.core.utils import unwrap_model
+
+    names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+    for name, chunk in zip(names, model, strict=True):
+        unwrap_model(chunk).load_state_dict(loaded[name], strict=True)
+
+
+def _layout() -> dict[str, int]:
+    from megatron.core import parallel_state
+
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+    }

@@ -1,0 +1,185 @@
+"""The configuration of a run: small dataclasses, ours and Megatron-Core's, in one `ConfigContainer`.
+
+Importing this module imports neither torch nor Megatron-Core: `OptimizerConfig` and `DistributedDataParallelConfig` are
+Megatron-Core's own and are loaded when they are first asked for.
+"""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
+from megatron.bridge.data.tokenizers.config import TokenizerConfig
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megatron.bridge.data.datasets.gpt import GPTDatasetConfig
+
+_LAZY = {
+    "DistributedDataParallelConfig": "megatron.core.distributed",
+    "OptimizerConfig": "megatron.core.optimizer",
+    "GPTDatasetConfig": "megatron.bridge.data.datasets.gpt",
+}
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigContainer",
+    "DatasetBuildContext",
+    "DatasetProvider",
+    "DistributedDataParallelConfig",
+    "DistributedInitConfig",
+    "GPTDatasetConfig",
+    "LoggerConfig",
+    "OptimizerConfig",
+    "RNGConfig",
+    "SchedulerConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """How long to train and on how much at a time.
+
+    Attributes:
+        train_iters: optimizer steps of the whole run, those before a resume included.
+        global_batch_size: sequences per optimizer step, over all ranks.
+        micro_batch_size: sequences per forward pass on one rank.
+        eval_interval: steps between evaluations on the validation split; None for no evaluation.
+        eval_iters: global batches per evaluation.
+        exit_signal_handler: on Ctrl-C or SIGTERM finish the step, save, and return; a second Ctrl-C interrupts.
+        exit_duration_in_mins: stop in the same way after this many minutes; None for no limit.
+    """
+
+    train_iters: int
+    global_batch_size: int
+    micro_batch_size: int = 1
+    eval_interval: int | None = None
+    eval_iters: int = 10
+    exit_signal_handler: bool = True
+    exit_duration_in_mins: float | None = None
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """How the learning rate moves from step to step (Megatron-Core's `OptimizerParamScheduler`).
+
+    Attributes:
+        lr_decay_style: shape after the warm-up, from `optimizer.lr` to `optimizer.min_lr`.
+        lr_decay_iters: step at which `optimizer.min_lr` is reached; None for `train.train_iters`.
+        lr_warmup_iters: steps of linear warm-up.
+        lr_warmup_fraction: the same as a fraction of `lr_decay_iters`; set one of the two.
+        lr_warmup_init: learning rate of the first step of the warm-up.
+    """
+
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay_iters: int | None = None
+    lr_warmup_iters: int = 0
+    lr_warmup_fraction: float | None = None
+    lr_warmup_init: float = 0.0
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Where to start from and what to keep.
+
+    Attributes:
+        save: folder for this run's checkpoints; None saves nothing.
+        save_interval: steps between checkpoints; the last step is saved in any case.
+        load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position.
+        load_optim: restore optimizer and schedule too.
+        load_rng: restore the random state too (where the parallel layout is the same).
+        pretrained_checkpoint: checkpoint whose weights a fresh run starts from, e.g. made by `AutoBridge.import_ckpt`.
+    """
+
+    save: str | None = None
+    save_interval: int | None = None
+    load: str | None = None
+    load_optim: bool = True
+    load_rng: bool = True
+    pretrained_checkpoint: str | None = None
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """What is reported, and where.
+
+    Attributes:
+        log_interval: steps between progress lines (where the output is no terminal) and `metrics.jsonl` records.
+        folder: folder of `metrics.jsonl`; None for `checkpoint.save`, and no file when that is None too.
+        progress: show progress on rank 0.
+    """
+
+    log_interval: int = 1
+    folder: str | None = None
+    progress: bool = True
+
+
+@dataclass(kw_only=True)
+class RNGConfig:
+    """Random state. `seed`: seeds weights, dropout and the order of data loading."""
+
+    seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class DistributedInitConfig:
+    """How ranks meet. `timeout_seconds`: how long a collective waits for an absent rank before the run fails."""
+
+    timeout_seconds: float = 600.0
+
+
+def _optimizer() -> "OptimizerConfig":
+    from megatron.core.optimizer import OptimizerConfig
+
+    return OptimizerConfig(lr=3e-4, min_lr=3e-5, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0)
+
+
+def _ddp() -> "DistributedDataParallelConfig":
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    return DistributedDataParallelConfig()
+
+
+@dataclass(kw_only=True)
+class ConfigContainer:
+    """Everything that defines a run.
+
+    Attributes:
+        model: a model provider, e.g. from `AutoBridge.to_megatron_provider()`.
+        dataset: a `DatasetProvider`.
+    """
+
+    model: Any
+    dataset: DatasetProvider
+    train: TrainingConfig
+    optimizer: "OptimizerConfig" = field(default_factory=_optimizer)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
+    rng: RNGConfig = field(default_factory=RNGConfig)
+    dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
+
+    def validate(self, world_size: int | None = None) -> None:
+        """Refuse what cannot run, before anything is built; all problems are reported at once.
+
+        Args:
+            world_size: number of ranks to check the parallel layout against; None for this process's world.
+
+        Raises:
+            ConfigError: lists every problem with its remedy.
+        """
+        from megatron.bridge.training.validation import validate
+
+        validate(self, world_size)

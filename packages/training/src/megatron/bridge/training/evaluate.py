@@ -1,0 +1,40 @@
+"""Evaluation: the mean loss per token over a fixed part of the validation split."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.training.data import batches_per_chunk
+from megatron.bridge.training.step import forward_backward, global_loss
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.progress import Reporter
+    from megatron.bridge.training.state import RunState
+
+
+def evaluate(run: "RunState", forward_step: Any) -> float:
+    """Mean loss per token over `train.eval_iters` global batches: the same samples each time. Collective."""
+    import torch
+
+    data = batches_per_chunk(run.cfg, run.valid_dataset, len(run.model), consumed_samples=0)
+    total, counted = 0.0, 0
+    for chunk in run.model:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            for _ in range(run.cfg.train.eval_iters):
+                reports = forward_backward(run, forward_step, data, run.num_microbatches, training=False)
+                loss, tokens = global_loss(reports, run.progress.iteration)
+                total, counted = total + loss * tokens, counted + tokens
+    finally:
+        for chunk in run.model:
+            chunk.train()
+    return total / counted
+
+
+def evaluate_and_print_results(run: "RunState", forward_step: Any, reporter: "Reporter") -> float:
+    """`evaluate`, reported on rank 0 with its perplexity."""
+    loss = evaluate(run, forward_step)
+    # Above this the exponential overflows a float.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    reporter.evaluation(run.progress.iteration, loss, perplexity)
+    return loss

@@ -1,0 +1,70 @@
+"""The random state of a rank, as one sharded object of a checkpoint.
+
+Data-parallel replicas share their state; each (pipeline, tensor) position has its own.
+"""
+
+import random
+from typing import Any
+
+
+def random_state() -> Any:
+    """State of Python, NumPy, torch, the device and Megatron's tracker, to be saved or to be loaded into."""
+    import numpy as np
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    state = {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": _device_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    pipeline = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    return ShardedObject(
+        "rng_state",
+        state,
+        (pipeline[1], tensor[1]),
+        (pipeline[0], tensor[0]),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` held."""
+    import numpy as np
+    import torch
+    from megatron.core import tensor_parallel
+
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    _set_device_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _device_state() -> Any:
+    from torch.accelerator import is_available
+
+    if not is_available():
+        return None
+    import torch
+
+    from megatron.bridge.platform import device
+
+    return torch.get_device_module(device()).get_rng_state()
+
+
+def _set_device_state(state: Any) -> None:
+    if state is None:
+        return
+    import torch
+
+    from megatron.bridge.platform import device
+
+    torch.get_device_module(device()).set_rng_state(state)

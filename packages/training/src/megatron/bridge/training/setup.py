@@ -1,0 +1,102 @@
+"""From a configuration to a run that is ready for its first step."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.training.checkpoint import restore, start_from
+from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.scheduler import build_scheduler
+from megatron.bridge.training.state import RunState
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+
+@contextlib.contextmanager
+def distributed(cfg: "ConfigContainer") -> Iterator[None]:
+    """torch.distributed and Megatron's process groups for `cfg`; what existed before stays when the block ends well.
+
+    After an error nothing is taken down: a peer may hang, and taking down waits for it.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron.bridge import platform
+
+    had_world, had_groups = dist.is_initialized(), parallel_state.is_initialized()
+    platform.initialize_distributed(cfg.dist.timeout_seconds)
+    yield
+    if not had_groups and parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if not had_world:
+        platform.destroy_distributed()
+
+
+def setup(cfg: "ConfigContainer") -> RunState:
+    """Validate `cfg`, then build data, model, optimizer and schedule, and load what the run starts from. Collective.
+
+    Raises:
+        BridgeError: anything that cannot work; data are checked before the model is built.
+    """
+    from megatron.bridge import platform
+
+    cfg.validate(platform.world_size())
+    seed_everything(cfg.rng.seed)
+    cfg.model.initialize_model_parallel(cfg.rng.seed)
+    train_set, valid_set = build_datasets(cfg)
+    model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, wrap_with_ddp=True, seed=cfg.rng.seed)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_scheduler(cfg, optimizer)
+    run = RunState(cfg, model, optimizer, scheduler, _num_microbatches(cfg), [], valid_set)
+    connect(model, optimizer)
+    if cfg.checkpoint.load is not None:
+        restore(run)
+    elif cfg.checkpoint.pretrained_checkpoint is not None:
+        start_from(run)
+    run.train_data = batches_per_chunk(cfg, train_set, len(model), run.progress.consumed_samples)
+    return run
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; Megatron's own tracker is seeded with the process groups."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_optimizer(cfg: "ConfigContainer", model: list[Any]) -> Any:
+    """Megatron-Core's optimizer for `model`, in the model's precision; `cfg.optimizer` itself is left as it is."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    precision = {"bf16": cfg.model.bf16, "fp16": cfg.model.fp16, "params_dtype": cfg.model.params_dtype}
+    return get_megatron_optimizer(dataclasses.replace(cfg.optimizer, **precision), model)
+
+
+def connect(model: list[Any], optimizer: Any) -> None:
+    """Tell Megatron-Core's schedule how to scale the loss and how to finish and overlap gradient reduction."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if model[0].ddp_config.overlap_grad_reduce:
+        waits = [chunk.no_sync for chunk in model]
+        config.no_sync_func = waits if len(model) > 1 else waits[0]
+    if model[0].ddp_config.overlap_param_gather and model[0].ddp_config.align_param_gather:
+        starts = [chunk.start_param_sync for chunk in model]
+        config.param_sync_func = starts if len(model) > 1 else starts[0]
+
+
+def _num_microbatches(cfg: "ConfigContainer") -> int:
+    from megatron.core import parallel_state
+
+    replicas: int = parallel_state.get_data_parallel_world_size()
+    return cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas)

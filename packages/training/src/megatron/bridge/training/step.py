@@ -1,0 +1,124 @@
+"""One optimizer step: the schedule's forward and backward passes, the loss over all ranks, the update."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.gpt_step import LOSS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron.bridge.training.state import Batches, RunState
+
+
+class NotFinite(BridgeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over all ranks.
+
+    Attributes:
+        loss: mean over the tokens of the global batch.
+        tokens: tokens that the loss counts.
+        grad_norm: before clipping.
+        learning_rate: used in this step.
+        skipped: the update was skipped because the fp16 loss scale was too high.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+def train_step(run: "RunState", forward_step: Any) -> StepResult:
+    """Do one step and move the schedule on; `run.progress` is left to the caller. Collective.
+
+    Raises:
+        NotFinite: NaN or infinity in the loss (the weights are then as before the step) or in the gradient.
+    """
+    for chunk in run.model:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    reports = forward_backward(run, forward_step, run.train_data, run.num_microbatches, training=True)
+    loss, tokens = global_loss(reports, run.progress.iteration + 1)
+    learning_rate = _learning_rate(run.optimizer)
+    updated, grad_norm, _ = run.optimizer.step()
+    if not updated and run.optimizer.get_loss_scale().item() == 1.0:
+        raise NotFinite(f"the optimizer refused the update of iteration {run.progress.iteration + 1}")
+    if updated and not math.isfinite(grad_norm):
+        raise NotFinite(
+            f"the gradient norm is {grad_norm} at iteration {run.progress.iteration + 1}, although the loss is {loss}; "
+            "resume from the last checkpoint with a lower optimizer.lr or in fp32"
+        )
+    run.scheduler.step(run.cfg.train.global_batch_size)
+    return StepResult(loss, tokens, float(grad_norm or 0.0), learning_rate, not updated)
+
+
+def forward_backward(
+    run: "RunState", forward_step: Any, data: list["Batches"], num_microbatches: int, *, training: bool
+) -> list[dict[str, "Tensor"]]:
+    """Run Megatron-Core's schedule for this layout; the loss reports of each micro-batch, on the last stage only."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, run),
+        data_iterator=data if len(run.model) > 1 else data[0],
+        model=run.model,
+        num_microbatches=num_microbatches,
+        seq_length=run.cfg.model.seq_length,
+        micro_batch_size=run.cfg.train.micro_batch_size,
+        forward_only=not training,
+    )
+    return reports
+
+
+def global_loss(reports: list[dict[str, "Tensor"]], iteration: int) -> tuple[float, int]:
+    """Mean loss per token over all micro-batches and data-parallel ranks, and the number of tokens; on every rank.
+
+    Raises:
+        NotFinite: (on every rank) the loss is NaN or infinite; names the ranks where it is.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron.bridge.platform import device
+
+    totals = torch.zeros(2, dtype=torch.float64, device=device())
+    for report in reports:
+        totals += report[LOSS]
+    healthy = bool(torch.isfinite(totals).all())
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(totals, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
+    total, tokens = totals.tolist()
+    if not math.isfinite(total):
+        raise NotFinite(_where(healthy, total, iteration))
+    if tokens == 0:
+        raise NotFinite(f"no token of iteration {iteration} counts for the loss: its loss mask is all zeros")
+    return total / tokens, int(tokens)
+
+
+def _where(healthy: bool, total: float, iteration: int) -> str:
+    # Every rank of the world has seen the sum only if every pipeline has it: replicas share the sum over their group.
+    from megatron.bridge.conversion.rank_agreement import gather
+
+    ranks = [str(rank) for rank, fine in enumerate(gather(healthy)) if not fine]
+    return (
+        f"the loss is {total} at iteration {iteration} on rank {', '.join(ranks)}; the weights are those of iteration "
+        f"{iteration - 1}. Look at the data of this step, lower optimizer.lr, or train in fp32"
+    )
+
+
+def _learning_rate(optimizer: Any) -> float:
+    from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+    rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    return float(rate) if rate is not None else 0.0

@@ -1,0 +1,230 @@
+"""What is wrong with a configuration, all of it at once, before anything heavy is built."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iterations
+from megatron.bridge.data.provider import DatasetBuildContext
+from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+
+class ConfigError(BridgeError):
+    """A configuration cannot run, or an override cannot be applied."""
+
+
+def validate(cfg: "ConfigContainer", world_size: int | None = None) -> None:
+    """Raise one `ConfigError` that lists every problem of `cfg`; see `ConfigContainer.validate`."""
+    if world_size is None:
+        from megatron.bridge import platform
+
+        world_size = platform.world_size()
+    found = [problem for check in _CHECKS for problem in check(cfg)]
+    found += _layout_problems(cfg, world_size)
+    if found:
+        raise ConfigError(report("the configuration cannot run", found))
+
+
+def report(headline: str, problems: list[str]) -> str:
+    """One problem on one line; several as a list under a headline."""
+    if len(problems) == 1:
+        return f"{headline}: {problems[0]}"
+    return f"{headline}, {len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def model_parallel_size(model: Any) -> int:
+    """Ranks that hold one replica of the model: TP x PP x CP."""
+    return int(
+        model.tensor_model_parallel_size
+        * model.pipeline_model_parallel_size
+        * getattr(model, "context_parallel_size", 1)
+    )
+
+
+def dataset_context(cfg: "ConfigContainer", tokenizer: Tokenizer) -> DatasetBuildContext:
+    """What the run asks of its data: every step's samples, and those of one evaluation."""
+    train = cfg.train
+    evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else 0
+    return DatasetBuildContext(
+        train_samples=train.train_iters * train.global_batch_size, valid_samples=evaluated, tokenizer=tokenizer
+    )
+
+
+def run_tokenizer(cfg: "ConfigContainer") -> Tokenizer:
+    """The run's tokenizer; one without a folder and a size takes the model's vocabulary."""
+    config = cfg.tokenizer
+    if config.tokenizer_model is None and config.vocab_size is None:
+        config = dataclasses.replace(config, vocab_size=cfg.model.vocab_size)
+    return build_tokenizer(config)
+
+
+def _sizes(cfg: "ConfigContainer") -> Iterator[str]:
+    positive = {
+        "train.train_iters": cfg.train.train_iters,
+        "train.global_batch_size": cfg.train.global_batch_size,
+        "train.micro_batch_size": cfg.train.micro_batch_size,
+        "train.eval_interval": cfg.train.eval_interval,
+        "train.eval_iters": cfg.train.eval_iters,
+        "train.exit_duration_in_mins": cfg.train.exit_duration_in_mins,
+        "logger.log_interval": cfg.logger.log_interval,
+        "checkpoint.save_interval": cfg.checkpoint.save_interval,
+        "dist.timeout_seconds": cfg.dist.timeout_seconds,
+    }
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            yield f"{name}={value} must be greater than 0"
+
+
+def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
+    model, train = cfg.model, cfg.train
+    replica = model_parallel_size(model)
+    if replica <= 0 or world_size % replica:
+        yield (
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} needs a multiple of {replica} ranks, "
+            f"and there are {world_size}; change the layout or start with another number of ranks"
+        )
+        return
+    data_parallel = world_size // replica
+    step = train.micro_batch_size * data_parallel
+    if step > 0 and train.global_batch_size % step:
+        fitting = max(train.global_batch_size // step, 1) * step
+        yield (
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks = {step}; {fitting} would do"
+        )
+        return
+    yield from _interleaving(cfg, train.global_batch_size // step if step > 0 else 0)
+
+
+def _interleaving(cfg: "ConfigContainer", num_microbatches: int) -> Iterator[str]:
+    pipeline = cfg.model.pipeline_model_parallel_size
+    if getattr(cfg.model, "virtual_pipeline_model_parallel_size", None) and num_microbatches % pipeline:
+        yield (
+            f"an interleaved pipeline needs the micro-batches per step to be a multiple of "
+            f"pipeline_model_parallel_size={pipeline}, and there are {num_microbatches}; change "
+            "train.global_batch_size or train.micro_batch_size"
+        )
+
+
+def _model(cfg: "ConfigContainer") -> Iterator[str]:
+    model = cfg.model
+    try:
+        model.finalize()
+    except BridgeError as error:
+        yield f"model: {error}"
+    tensor = model.tensor_model_parallel_size
+    if model.sequence_parallel and tensor > 1 and model.seq_length % tensor:
+        yield f"model.seq_length={model.seq_length} is not a multiple of model.tensor_model_parallel_size={tensor}"
+    if getattr(model, "context_parallel_size", 1) > 1:
+        yield (
+            f"model.context_parallel_size={model.context_parallel_size} is not supported by this training loop yet; "
+            "use tensor_model_parallel_size with sequence_parallel for long sequences"
+        )
+    dtype = _dtype_name(model)
+    for flag, name in _LOW_PRECISION.items():
+        if (dtype == name) != bool(getattr(model, flag)):
+            yield f"model.{flag}={getattr(model, flag)} and model.params_dtype={dtype} contradict each other; set both"
+
+
+_LOW_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def _dtype_name(model: Any) -> str:
+    return str(getattr(model, "params_dtype", "float32")).removeprefix("torch.")
+
+
+def _optimizer(cfg: "ConfigContainer") -> Iterator[str]:
+    optimizer, ddp = cfg.optimizer, cfg.ddp
+    if optimizer.optimizer != "adam":
+        yield f"optimizer.optimizer={optimizer.optimizer!r} is not supported; 'adam' (AdamW) is"
+    if optimizer.lr is None or optimizer.lr <= 0:
+        yield f"optimizer.lr={optimizer.lr} must be set and greater than 0"
+    elif (optimizer.min_lr or 0.0) > optimizer.lr:
+        yield f"optimizer.min_lr={optimizer.min_lr} is greater than optimizer.lr={optimizer.lr}"
+    for name in ("use_distributed_optimizer", "overlap_param_gather"):
+        if getattr(optimizer, name) != getattr(ddp, name):
+            yield (
+                f"optimizer.{name}={getattr(optimizer, name)} and ddp.{name}={getattr(ddp, name)} differ; "
+                "set both to the same value"
+            )
+    for flag in _LOW_PRECISION:
+        if getattr(optimizer, flag) and not getattr(cfg.model, flag):
+            yield f"optimizer.{flag}=True, but model.{flag}=False; the model decides the precision, set it there"
+
+
+def _scheduler(cfg: "ConfigContainer") -> Iterator[str]:
+    scheduler = cfg.scheduler
+    decay = scheduler.lr_decay_iters or cfg.train.train_iters
+    if scheduler.lr_warmup_fraction is not None and scheduler.lr_warmup_iters:
+        yield "scheduler.lr_warmup_iters and scheduler.lr_warmup_fraction are both set; keep one"
+    if scheduler.lr_warmup_fraction is not None and not 0 <= scheduler.lr_warmup_fraction < 1:
+        yield f"scheduler.lr_warmup_fraction={scheduler.lr_warmup_fraction} must lie in [0, 1)"
+    if decay > 0 and not 0 <= scheduler.lr_warmup_iters < decay:
+        yield (
+            f"scheduler.lr_warmup_iters={scheduler.lr_warmup_iters} must be less than the {decay} steps of the decay "
+            "(scheduler.lr_decay_iters, else train.train_iters)"
+        )
+    if cfg.optimizer.lr is not None and scheduler.lr_warmup_init > cfg.optimizer.lr:
+        yield f"scheduler.lr_warmup_init={scheduler.lr_warmup_init} is greater than optimizer.lr={cfg.optimizer.lr}"
+
+
+def _data(cfg: "ConfigContainer") -> Iterator[str]:
+    asked = getattr(cfg.dataset, "sequence_length", cfg.model.seq_length)
+    if asked is not None and asked != cfg.model.seq_length:
+        yield (
+            f"dataset.sequence_length={asked} and model.seq_length={cfg.model.seq_length} differ; set both to the "
+            "length of the sequences to train on"
+        )
+    known, embedded = cfg.tokenizer.vocab_size, cfg.model.vocab_size
+    if known is not None and embedded is not None and known > embedded:
+        yield f"tokenizer.vocab_size={known} is larger than model.vocab_size={embedded}: ids would have no embedding"
+    try:
+        cfg.dataset.validate(dataset_context(cfg, run_tokenizer(cfg)))
+    except BridgeError as error:
+        yield str(error)
+
+
+def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
+    checkpoint = cfg.checkpoint
+    if checkpoint.save_interval is not None and checkpoint.save is None:
+        yield "checkpoint.save_interval is set, but checkpoint.save is not: there is no folder to save into"
+    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
+        yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
+    start = None
+    for name in ("load", "pretrained_checkpoint"):
+        path = getattr(checkpoint, name)
+        if path is not None:
+            try:
+                start = resolve(path)
+            except BridgeError as error:
+                yield f"checkpoint.{name}: {error}"
+    if checkpoint.save is not None:
+        yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
+
+
+def _save_folder(save: Path, resumed: Path | None) -> Iterator[str]:
+    """A run never writes over another run's checkpoints, and says so before the first step, not after the last."""
+    ahead = saved_iterations(save)
+    if resumed is not None and resumed.parent.resolve() == save.resolve():
+        ahead = [iteration for iteration in ahead if iteration > saved_iteration(resumed)]
+    if ahead:
+        yield (
+            f"checkpoint.save={str(save)!r} already holds iteration {ahead[-1]}; resume from it with "
+            f"checkpoint.load={str(save)!r}, or save into another folder"
+        )
+
+
+def saved_iteration(folder: Path) -> int:
+    """The iteration of a checkpoint folder, 0 for a folder without one in its name."""
+    from megatron.bridge.conversion.checkpoint_layout import iteration_of
+
+    return iteration_of(folder) or 0
+
+
+_CHECKS = (_sizes, _model, _optimizer, _scheduler, _data, _checkpoint)

@@ -1,0 +1,177 @@
+"""Configuration: what is wrong is refused by name, all of it at once, and nothing is half applied."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron.bridge.training.cli import train
+from megatron.bridge.training.field_types import parse_yaml
+from megatron.bridge.training.overrides import apply_overrides, apply_yaml
+from megatron.bridge.training.recipe_registry import RECIPES
+from megatron.bridge.training.run_config import to_yaml
+from megatron.bridge.training.validation import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("train.train_iters=7", lambda cfg: cfg.train.train_iters, 7),
+        ("optimizer.lr=1e-4", lambda cfg: cfg.optimizer.lr, 1e-4),
+        ("optimizer.lr=1", lambda cfg: cfg.optimizer.lr, 1.0),
+        ("checkpoint.save=null", lambda cfg: cfg.checkpoint.save, None),
+        ("checkpoint.save=123", lambda cfg: cfg.checkpoint.save, "123"),
+        ("checkpoint.save=a=b", lambda cfg: cfg.checkpoint.save, "a=b"),
+        ("checkpoint.save=on", lambda cfg: cfg.checkpoint.save, "on"),
+        ("ddp.overlap_grad_reduce=true", lambda cfg: cfg.ddp.overlap_grad_reduce, True),
+        ("dataset.data_paths=[a, b]", lambda cfg: cfg.dataset.data_paths, ["a", "b"]),
+        ("dataset.split=9,1,0", lambda cfg: cfg.dataset.split, "9,1,0"),
+        ("scheduler.lr_decay_style=linear", lambda cfg: cfg.scheduler.lr_decay_style, "linear"),
+        ("model.tensor_model_parallel_size=2", lambda cfg: cfg.model.tensor_model_parallel_size, 2),
+        ("model.params_dtype=bf16", lambda cfg: cfg.model.params_dtype, torch.bfloat16),
+        ("model.activation_func=torch.tanh", lambda cfg: cfg.model.activation_func, torch.tanh),
+        ("model.attention_backend=flash", lambda cfg: cfg.model.attention_backend, AttnBackend.flash),
+        ("model.rope_parameters={rope_type: linear, factor: 2.0}", lambda cfg: cfg.model.rope_parameters,
+         {"rope_type": "linear", "factor": 2.0}),
+    ],
+)  # fmt: skip
+def test_overrides_are_read_as_their_fields_want_them(
+    override: str, read: Callable[[Any], Any], value: Any, make_run: Callable[..., Any]
+) -> None:
+    cfg = make_run()
+    apply_overrides(cfg, [override])
+    assert read(cfg) == value
+    assert type(read(cfg)) is type(value)
+
+
+def test_all_bad_overrides_are_reported_and_none_is_applied(make_run: Callable[..., Any]) -> None:
+    cfg = make_run()
+    before = copy.deepcopy(cfg)
+    wrong = {
+        "train.train_iter=3": r"train \(TrainingConfig\) has no field 'train_iter'; did you mean 'train_iters'",
+        "trian.train_iters=3": "the configuration has no field 'trian'; did you mean 'train'",
+        "model.save_interval=3": "did you mean 'checkpoint.save_interval'",
+        "train.train_iters=abc": "train.train_iters: expected int",
+        "train.train_iters=1.5": "train.train_iters: expected int",
+        "train.eval_iters=true": "train.eval_iters: expected int",
+        "optimizer.lr=fast": r"optimizer.lr: expected float \| null",
+        "ddp.overlap_grad_reduce=1": "ddp.overlap_grad_reduce: expected bool",
+        "scheduler.lr_decay_style=cosin": "scheduler.lr_decay_style: expected .*'cosine'",
+        "model.params_dtype=bf17": "'bf17' is no dtype",
+        "model.activation_func=torch.nn.functional.sulu": "cannot be imported",
+        "model.attention_backend=flesh": "'flesh' is none of flash",
+        "train=3": "'train' is a section; set one of its fields, e.g. train.train_iters=...",
+        "train.train_iters.more=3": "has no fields",
+        "train.train_iters": "is no override; write key=value",
+    }
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(cfg, ["train.train_iters=99", *wrong])
+    message = str(caught.value)
+    assert f"{len(wrong)} problems" in message
+    for pattern in wrong.values():
+        assert re.search(pattern, message), (pattern, message)
+    assert cfg == before
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_float_python_writes_is_read_back(number: float) -> None:
+    assert parse_yaml(repr(number)) == number
+
+
+def test_a_yaml_file_sets_sections_and_must_be_of_the_same_classes(
+    make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  train_iters: 3\noptimizer:\n  lr: 1e-2\n")
+    cfg = make_run()
+    apply_yaml(cfg, file)
+    assert (cfg.train.train_iters, cfg.optimizer.lr) == (3, 0.01)
+
+    file.write_text(to_yaml(cfg).replace("GPTDatasetConfig", "OtherDataset") + "nonsense: 1\n")
+    with pytest.raises(
+        ConfigError, match="dataset is a .*GPTDatasetConfig here, the file was written for a .*Other"
+    ) as caught:
+        apply_yaml(cfg, file)
+    assert "unknown key 'nonsense'" in str(caught.value)
+    file.write_text("just text")
+    with pytest.raises(ConfigError, match="holds no sections"):
+        apply_yaml(cfg, file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        apply_yaml(cfg, tmp_path / "absent.yaml")
+
+
+def test_a_configuration_written_and_read_is_the_same(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    cfg = make_run({"params_dtype": torch.bfloat16, "bf16": True, "attention_backend": AttnBackend.flash}, lr=1e-4)
+    (tmp_path / "run.yaml").write_text(to_yaml(cfg))
+    again = make_run()
+    apply_yaml(again, tmp_path / "run.yaml")
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "world", "problem"),
+    [
+        ({"tensor_model_parallel_size": 2}, {}, 3, "needs a multiple of 2 ranks, and there are 3"),
+        ({"tensor_model_parallel_size": 3}, {}, 3, "tensor_model_parallel_size=3 does not divide num_attention_heads=4"),
+        ({}, {"global_batch_size": 9}, 2, "train.global_batch_size=9 is not a multiple of .* = 2; 8 would do"),
+        ({}, {"train_iters": 0}, 1, "train.train_iters=0 must be greater than 0"),
+        ({}, {"sequence_length": 32}, 1, "dataset.sequence_length=32 and model.seq_length=16 differ"),
+        ({}, {"lr_warmup_iters": 40}, 1, "lr_warmup_iters=40 must be less than the 40 steps"),
+        ({}, {"lr_warmup_fraction": 0.1}, 1, "both set; keep one"),
+        ({}, {"min_lr": 1.0}, 1, "optimizer.min_lr=1.0 is greater than optimizer.lr"),
+        ({}, {"lr": None}, 1, "optimizer.lr=None must be set"),
+        ({}, {"optimizer": "sgd"}, 1, "'sgd' is not supported; 'adam'"),
+        ({}, {"save_interval": 5}, 1, "checkpoint.save is not: there is no folder"),
+        ({"bf16": True}, {}, 1, "model.bf16=True and model.params_dtype=float32 contradict"),
+        ({}, {"bf16": True}, 1, "the model decides the precision"),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 17}, {}, 2, "seq_length=17 is not"),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {"global_batch_size": 3}, 2,
+         "an interleaved pipeline needs the micro-batches per step"),
+        ({"vocab_size": 100}, {"vocab_size": 128}, 1, "tokenizer.vocab_size=128 is larger than model.vocab_size=100"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_with_the_remedy(
+    model: dict[str, Any], settings: dict[str, Any], world: int, problem: str, make_run: Callable[..., Any]
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make_run(model, **settings).validate(world)
+
+
+def test_the_two_optimizer_sections_must_agree(make_run: Callable[..., Any]) -> None:
+    cfg = make_run()
+    cfg.ddp.use_distributed_optimizer = True
+    with pytest.raises(ConfigError, match=r"optimizer.use_distributed_optimizer=False and ddp.* differ"):
+        cfg.validate(1)
+
+
+def test_problems_are_reported_together(make_run: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="3 problems"):
+        make_run(micro_batch_size=-1, save_interval=2, optimizer="sgd").validate(1)
+
+
+def test_the_command_trains_a_recipe_with_overrides(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    RECIPES.register("tiny_test_recipe", make_run)
+    try:
+        arguments = [
+            "--recipe",
+            "tiny_test_recipe",
+            "--nproc",
+            "2",
+            "train.train_iters=2",
+            f"checkpoint.save={tmp_path}",
+        ]
+        done = CliRunner().invoke(train, [*arguments, "model.tensor_model_parallel_size=2"], catch_exceptions=False)
+        assert done.exit_code == 0
+        assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+        with pytest.raises(ConfigError, match="needs a multiple of 4 ranks"):
+            CliRunner().invoke(train, [*arguments, "model.tensor_model_parallel_size=4"], catch_exceptions=False)
+    finally:
+        RECIPES.unregister("tiny_test_recipe")

@@ -1,0 +1,157 @@
+"""Stopping and going on: nothing is lost, nothing is repeated, and what cannot go on says why."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.testing import RankFailed, run_ranks
+from megatron.bridge.training.checkpoint import RUN_CONFIG, load_checkpoint, save_checkpoint
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.overrides import apply_yaml
+from megatron.bridge.training.pretrain import pretrain
+from megatron.bridge.training.setup import distributed, setup
+
+DISTRIBUTED = {"use_distributed_optimizer": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one rank with dropout": (1, {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {}),
+    "one rank, bf16": (1, {"bf16": True, "params_dtype": torch.bfloat16}, {}),
+    "DP2, distributed optimizer": (2, {}, DISTRIBUTED),
+    "DP2, distributed optimizer, bf16": (2, {"bf16": True, "params_dtype": torch.bfloat16}, DISTRIBUTED),
+    "TP2 with dropout": (2, {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}, {}),
+    "PP2 x VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+}
+
+
+def _everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint: weights, moments, master weights."""
+    from megatron.core.dist_checkpointing.serialization import load_plain_tensors
+
+    loaded = load_plain_tensors(str(dist_checkpoint.resolve(folder)))
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ten_steps_are_five_and_five(name: str, make_run: Callable[..., Any], tmp_path: Path) -> None:
+    ranks, model, settings = LAYOUTS[name]
+
+    def work() -> tuple[dict[int, float], dict[int, float]]:
+        whole = pretrain(make_run(model, train_iters=10, save=str(tmp_path / "whole"), **settings), forward_step)
+        pretrain(make_run(model, train_iters=5, save=str(tmp_path / "parts"), **settings), forward_step)
+        parts = {"load": str(tmp_path / "parts"), "save": str(tmp_path / "parts")}
+        rest = pretrain(make_run(model, train_iters=10, **parts, **settings), forward_step)
+        return whole.losses, rest.losses
+
+    whole, rest = run_ranks(ranks, work, timeout=120)[0]
+    assert list(rest) == [6, 7, 8, 9, 10]
+    assert rest == {step: whole[step] for step in rest}  # bit for bit
+
+    def differing() -> list[str]:
+        one, other = _everything(tmp_path / "whole"), _everything(tmp_path / "parts")
+        assert one.keys() == other.keys()
+        assert any(key.startswith("optimizer.state.exp_avg") for key in one)
+        return [key for key in one if not torch.equal(one[key], other[key])]
+
+    assert run_ranks(1, differing, timeout=60) == [[]]
+
+
+def test_a_run_goes_on_at_another_layout(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    """Saved with DP2 and the distributed optimizer; resumed at TP2 and at PP2."""
+    start = {"load": str(tmp_path / "start")} | DISTRIBUTED
+
+    def first() -> None:
+        pretrain(make_run(train_iters=3, save=str(tmp_path / "start"), **DISTRIBUTED), forward_step)
+
+    def rest() -> list[list[float]]:
+        layouts: list[dict[str, Any]] = [
+            {},
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            {"pipeline_model_parallel_size": 2},
+        ]
+        return [
+            list(pretrain(make_run(model, train_iters=8, **start), forward_step).losses.values()) for model in layouts
+        ]
+
+    run_ranks(2, first, timeout=60)
+    same, tensor, pipeline = run_ranks(2, rest, timeout=100)[0]
+    assert tensor == pytest.approx(same, rel=1e-5)
+    assert pipeline == pytest.approx(same, rel=1e-5)
+
+
+def test_a_signal_saves_and_the_resumed_run_is_the_same(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    def interrupted_step(run: Any, data: Any, model: Any) -> Any:
+        # One rank alone is told to stop, in the middle of step 3; both must stop after it.
+        if run.progress.iteration == 2 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward_step(run, data, model)
+
+    def work() -> Any:
+        whole = pretrain(make_run(train_iters=6), forward_step)
+        handler = signal.getsignal(signal.SIGTERM)
+        stopped = pretrain(make_run(train_iters=6, save=str(tmp_path)), interrupted_step)
+        assert signal.getsignal(signal.SIGTERM) is handler
+        rest = pretrain(make_run(train_iters=6, save=str(tmp_path), load=str(tmp_path)), forward_step)
+        return whole.losses, stopped, rest
+
+    for whole, stopped, rest in run_ranks(2, work, timeout=100):
+        assert (stopped.iteration, stopped.stopped_by) == (3, "SIGTERM")
+        assert stopped.checkpoint == tmp_path / "iter_0000003"
+        assert stopped.losses | rest.losses == whole
+        assert rest.stopped_by == "train_iters"
+
+
+def test_a_time_limit_stops_in_the_same_way(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    cfg = make_run(train_iters=10_000, save=str(tmp_path), exit_duration_in_mins=0.01)
+    result = run_ranks(1, pretrain, cfg, forward_step, timeout=60)[0]
+    assert result.stopped_by == "exit_duration"
+    assert 0 < result.iteration < 10_000
+    assert dist_checkpoint.latest_iteration(tmp_path) == result.iteration
+
+
+def test_the_seed_signatures_work_in_a_loop_of_ones_own(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    def work() -> tuple[int, int, bool]:
+        cfg = make_run(save=str(tmp_path), load=None)
+        with distributed(cfg):
+            run = setup(cfg)
+            before = {name: value.clone() for name, value in run.model[0].module.named_parameters()}
+            save_checkpoint(4, run.model, run.optimizer, run.scheduler, cfg)
+            for value in run.model[0].parameters():
+                value.data.zero_()
+            cfg.checkpoint.load = str(tmp_path)
+            progress = load_checkpoint(run.model, run.optimizer, run.scheduler, cfg)
+            same = all(torch.equal(before[name], value) for name, value in run.model[0].module.named_parameters())
+        return progress.iteration, progress.consumed_samples, same
+
+    assert run_ranks(1, work, timeout=60) == [(4, 4 * 8, True)]
+
+
+def test_the_saved_configuration_configures_the_same_run(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    cfg = make_run({"params_dtype": torch.bfloat16, "bf16": True}, train_iters=1, save=str(tmp_path), lr=2e-3)
+    run_ranks(1, pretrain, cfg, forward_step, timeout=60)
+    again = make_run()
+    apply_yaml(again, dist_checkpoint.resolve(tmp_path) / RUN_CONFIG)
+    assert again == cfg
+
+
+def test_a_run_never_writes_into_another_runs_folder(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    run_ranks(1, pretrain, make_run(train_iters=2, save=str(tmp_path)), forward_step, timeout=60)
+    with pytest.raises(BridgeError, match=r"already holds iteration 2; resume from it with checkpoint\.load"):
+        make_run(train_iters=2, save=str(tmp_path)).validate(1)
+    make_run(train_iters=4, save=str(tmp_path), load=str(tmp_path)).validate(1)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_run: Callable[..., Any], initial_weights: Path) -> None:
+    cfg = make_run({"ffn_hidden_size": 32}, pretrained_checkpoint=str(initial_weights))
+    with pytest.raises(RankFailed, match=r"does not fit this model.*linear_fc1\.weight is \[4, 128, 32\]"):
+        run_ranks(1, pretrain, cfg, forward_step, timeout=60)
+
+
+def test_a_missing_checkpoint_is_refused_before_anything_is_built(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match=r"checkpoint\.load: .*does not exist"):
+        make_run(load=str(tmp_path / "nowhere")).validate(1)
