@@ -7,7 +7,8 @@
 - transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW`.
 
 Every loop clips gradients to norm 1 and sees the same tokens. Each has a process of its own, kept warm, and they take
-turns, so that whatever else runs here slows all alike; the medians over the rounds are compared.
+turns, so that whatever else runs here slows all alike; the medians over the rounds are compared. On a busy machine the
+tokens per second of CPU tell more than those on the clock; `OMP_NUM_THREADS=1` makes them sharper still.
 """
 
 import argparse
@@ -129,9 +130,10 @@ def megatron_loop(shape: Shape, spec: str) -> Step:
 
 
 def _gpt_model(shape: Shape, spec: str) -> Any:
-    from megatron.bridge.models.layer_specs import LAYER_SPECS
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron.bridge.models.layer_specs import LAYER_SPECS
 
     config = TransformerConfig(
         num_layers=shape.layers,
@@ -166,17 +168,26 @@ LOOPS: dict[str, Callable[[Shape], Step]] = {
 }
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a loop did in one turn: seconds on the clock, seconds of CPU over all its threads, the last step's loss."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+
 def serve(name: str, shape: Shape, requests: Connection) -> None:
-    """Run in a process of its own: answer each request for n steps with (seconds, last loss)."""
+    """Run in a process of its own: answer each request for n steps with a `Turn`."""
     step = LOOPS[name](shape)
     while count := requests.recv():
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         losses = [step() for _ in range(count)]
-        requests.send((time.perf_counter() - begin, losses[-1]))
+        requests.send(Turn(time.perf_counter() - begin, time.process_time() - cpu_begin, losses[-1]))
 
 
-def measure(names: list[str], shape: Shape, rounds: int, steps: int) -> dict[str, tuple[list[float], float]]:
-    """Tokens per second of each round and the last loss, by loop."""
+def measure(names: list[str], shape: Shape, rounds: int, steps: int) -> dict[str, list[Turn]]:
+    """The turns of each loop."""
     context = multiprocessing.get_context("spawn")
     lines: dict[str, Connection] = {}
     for name in names:
@@ -185,21 +196,31 @@ def measure(names: list[str], shape: Shape, rounds: int, steps: int) -> dict[str
         there.close()
         lines[name] = here
         _ask(here, 2)  # warm up, and start one after another
-    speeds: dict[str, list[float]] = {name: [] for name in names}
-    last_loss = dict.fromkeys(names, 0.0)
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, line in lines.items():
-            seconds, last_loss[name] = _ask(line, steps)
-            speeds[name].append(steps * shape.tokens / seconds)
+            turns[name].append(_ask(line, steps))
     for line in lines.values():
         line.send(0)
-    return {name: (speeds[name], last_loss[name]) for name in names}
+    return turns
 
 
-def _ask(line: Connection, steps: int) -> tuple[float, float]:
+def _ask(line: Connection, steps: int) -> Turn:
     line.send(steps)
-    answer: tuple[float, float] = line.recv()
-    return answer
+    turn: Turn = line.recv()
+    return turn
+
+
+def table(results: dict[str, list[Turn]], tokens: int) -> str:
+    """Medians over the turns of `tokens` tokens each, and how many times as fast the first loop is as each."""
+    clock = {name: statistics.median(tokens / turn.seconds for turn in turns) for name, turns in results.items()}
+    cpu = {name: statistics.median(tokens / turn.cpu_seconds for turn in turns) for name, turns in results.items()}
+    first = next(iter(results))
+    lines = [f"{'loop':14}{'tokens/s':>10}{f'{first} is':>12}{'tokens/CPU s':>15}{f'{first} is':>12}{'last loss':>11}"]
+    for name, turns in results.items():
+        by_clock, by_cpu = (f"{speeds[first] / speeds[name]:.2f} x" for speeds in (clock, cpu))
+        lines.append(f"{name:14}{clock[name]:10.0f}{by_clock:>12}{cpu[name]:15.0f}{by_cpu:>12}{turns[-1].loss:11.3f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -214,13 +235,7 @@ def main() -> None:
     results = measure(arguments.only, shape, arguments.rounds, arguments.steps)
     print(f"{shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"median of {arguments.rounds} rounds of {arguments.steps} steps, taken in turn\n")
-    print(f"{'loop':14}{'tokens/s':>10}{'min':>8}{'max':>8}{'loss':>8}   bridge is")
-    reference = statistics.median(results[arguments.only[0]][0])
-    for name, (speeds, loss) in results.items():
-        median = statistics.median(speeds)
-        print(
-            f"{name:14}{median:10.0f}{min(speeds):8.0f}{max(speeds):8.0f}{loss:8.3f}   {reference / median:.2f} x as fast"
-        )
+    print(table(results, arguments.steps * shape.tokens))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
 """The layer specs build GPT models that agree with each other: keys, logits and gradients."""
 
+import importlib.machinery
 import math
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.layer_specs import LAYER_SPECS, default_layer_spec
-from megatron.bridge.testing import run_ranks
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs import LAYER_SPECS, default_layer_spec
+from megatron.bridge.testing import run_ranks
 
 VOCABULARY = 96
 LENGTH = 24
@@ -122,9 +126,7 @@ def logits_and_gradients(model: Any) -> dict[str, torch.Tensor]:
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
     assert ours.keys() == theirs.keys()
     assert all(theirs[name].abs().max() > 0 for name in theirs)
-    return max(
-        (((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item(), name) for name in theirs
-    )
+    return max((((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item(), name) for name in theirs)
 
 
 def disagreement(changes: dict[str, Any]) -> tuple[float, str]:
@@ -143,7 +145,9 @@ def checkpoint_entries(spec: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"qk_layernorm": True, "normalization": "LayerNorm"}, EXPERTS], ids=["dense", "LayerNorm", "experts"]
+    "changes",
+    [{}, {"qk_layernorm": True, "normalization": "LayerNorm"}, EXPERTS],
+    ids=["dense", "LayerNorm", "experts"],
 )
 def test_specs_share_their_checkpoint_keys(changes: dict[str, Any]) -> None:
     ours = alone(checkpoint_entries, "torch", changes)
@@ -274,9 +278,7 @@ def one_rank_gradients() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["TP2", "TP2+SP"])
-def test_tensor_parallel_equals_one_rank(
-    one_rank_gradients: dict[str, torch.Tensor], sequence_parallel: bool
-) -> None:
+def test_tensor_parallel_equals_one_rank(one_rank_gradients: dict[str, torch.Tensor], sequence_parallel: bool) -> None:
     for rank in run_ranks(2, gradients_of_rank, 2, sequence_parallel, timeout=60):
         difference, name = largest_difference(rank, one_rank_gradients)
         assert difference < 1e-5, name
@@ -306,15 +308,23 @@ def test_local_refuses_sequence_parallelism() -> None:
 
 
 def test_transformer_engine_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(BridgeError, match=r"megatron-bridge-models\[te\]"):
         LAYER_SPECS["transformer_engine"](make_config(), vp_stage=None)
 
 
-def test_default_without_cuda_is_torch() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    assert default_layer_spec() == "torch"
+@pytest.mark.parametrize(
+    ("device", "installed", "expected"),
+    [("cuda", True, "transformer_engine"), ("cuda", False, "torch"), ("cpu", True, "torch"), ("cpu", False, "torch")],
+)
+def test_default_needs_cuda_and_transformer_engine(
+    device: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("transformer_engine")
+    module.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", module if installed else None)
+    monkeypatch.setattr("megatron.bridge.platform.device", lambda: torch.device(device))
+    assert default_layer_spec() == expected
 
 
 def test_offers_name_this_package() -> None:

@@ -1,7 +1,9 @@
 """Configuration: what is wrong is refused by name, all of it at once, and nothing is half applied."""
 
 import copy
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def test_a_yaml_file_sets_sections_and_must_be_of_the_same_classes(
 
     file.write_text(to_yaml(cfg).replace("GPTDatasetConfig", "OtherDataset") + "nonsense: 1\n")
     with pytest.raises(
-        ConfigError, match="dataset is a .*GPTDatasetConfig here, the file was written for a .*Other"
+        ConfigError, match=r"dataset is a .*GPTDatasetConfig here, the file was written for a .*Other"
     ) as caught:
         apply_yaml(cfg, file)
     assert "unknown key 'nonsense'" in str(caught.value)
@@ -120,7 +122,7 @@ def test_a_configuration_written_and_read_is_the_same(make_run: Callable[..., An
     ("model", "settings", "world", "problem"),
     [
         ({"tensor_model_parallel_size": 2}, {}, 3, "needs a multiple of 2 ranks, and there are 3"),
-        ({"tensor_model_parallel_size": 3}, {}, 3, "tensor_model_parallel_size=3 does not divide num_attention_heads=4"),
+        ({"tensor_model_parallel_size": 3}, {}, 3, "parallel_size=3 does not divide num_attention_heads=4"),
         ({}, {"global_batch_size": 9}, 2, "train.global_batch_size=9 is not a multiple of .* = 2; 8 would do"),
         ({}, {"train_iters": 0}, 1, "train.train_iters=0 must be greater than 0"),
         ({}, {"sequence_length": 32}, 1, "dataset.sequence_length=32 and model.seq_length=16 differ"),
@@ -135,6 +137,8 @@ def test_a_configuration_written_and_read_is_the_same(make_run: Callable[..., An
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 17}, {}, 2, "seq_length=17 is not"),
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {"global_batch_size": 3}, 2,
          "an interleaved pipeline needs the micro-batches per step"),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}, 2,
+         "needs model.overlap_p2p_comm=true and model.batch_p2p_comm=false"),
         ({"vocab_size": 100}, {"vocab_size": 128}, 1, "tokenizer.vocab_size=128 is larger than model.vocab_size=100"),
     ],
 )  # fmt: skip
@@ -175,3 +179,35 @@ def test_the_command_trains_a_recipe_with_overrides(make_run: Callable[..., Any]
             CliRunner().invoke(train, [*arguments, "model.tensor_model_parallel_size=4"], catch_exceptions=False)
     finally:
         RECIPES.unregister("tiny_test_recipe")
+
+
+def test_ctrl_c_saves_and_the_command_succeeds(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    class Interrupting(torch.utils.data.Dataset[Any]):
+        """Its sample 16, in the third step, presses Ctrl-C in the command's process and in one rank."""
+
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            if index == 16:
+                os.kill(os.getppid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            text = torch.arange(17) + index % 100
+            ones = torch.ones(16)
+            return {"tokens": text[:-1], "labels": text[1:], "loss_mask": ones, "position_ids": torch.arange(16)}
+
+    def recipe() -> Any:
+        cfg = make_run(train_iters=50, save=str(tmp_path))
+        cfg.dataset.build_train_valid_test_datasets = lambda context: (Interrupting(), None, None)
+        return cfg
+
+    handler = signal.getsignal(signal.SIGINT)
+    RECIPES.register("interrupted_test_recipe", recipe)
+    try:
+        arguments = ["--recipe", "interrupted_test_recipe", "--nproc", "2"]
+        done = CliRunner().invoke(train, arguments, catch_exceptions=False)
+    finally:
+        RECIPES.unregister("interrupted_test_recipe")
+    assert done.exit_code == 0
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert signal.getsignal(signal.SIGINT) is handler

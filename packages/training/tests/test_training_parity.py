@@ -20,6 +20,8 @@ TOLERANCE = 1e-5
 
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
+# Megatron-Core mixes up micro-batches of two interleaved stages unless messages are sent one by one.
+VPP = PP | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 # name -> (model fields, settings)
 ONE_RANK: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -31,7 +33,7 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2": (TP, {}),
     "TP2 + sequence parallel": (TP | {"sequence_parallel": True}, {}),
     "PP2": (PP, {}),
-    "PP2 x VPP2": (PP | {"virtual_pipeline_model_parallel_size": 2}, {}),
+    "PP2 x VPP2": (VPP, {}),
     "DP2": ({}, {}),
     "DP2, overlapped": ({}, {"overlap_grad_reduce": True}),
     "DP2, distributed optimizer": ({}, DISTRIBUTED),

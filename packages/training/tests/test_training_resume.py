@@ -12,20 +12,27 @@ import torch
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
-from megatron.bridge.training.checkpoint import RUN_CONFIG, load_checkpoint, save_checkpoint
+from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.overrides import apply_yaml
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.setup import distributed, setup
+from megatron.bridge.training.side_files import RUN_CONFIG
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
+VPP: dict[str, Any] = {
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 2,
+    "overlap_p2p_comm": True,
+    "batch_p2p_comm": False,
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one rank with dropout": (1, {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {}),
     "one rank, bf16": (1, {"bf16": True, "params_dtype": torch.bfloat16}, {}),
     "DP2, distributed optimizer": (2, {}, DISTRIBUTED),
     "DP2, distributed optimizer, bf16": (2, {"bf16": True, "params_dtype": torch.bfloat16}, DISTRIBUTED),
     "TP2 with dropout": (2, {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}, {}),
-    "PP2 x VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+    "PP2 x VPP2": (2, VPP, {}),
 }
 
 
@@ -155,3 +162,25 @@ def test_a_checkpoint_of_another_model_is_refused(make_run: Callable[..., Any], 
 def test_a_missing_checkpoint_is_refused_before_anything_is_built(make_run: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match=r"checkpoint\.load: .*does not exist"):
         make_run(load=str(tmp_path / "nowhere")).validate(1)
+
+
+def test_a_trained_checkpoint_keeps_the_hugging_face_files(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    """From the checkpoint a run starts from to its own, and on through a resume."""
+
+    def work() -> None:
+        from megatron.bridge.conversion.dist_checkpoint import save
+        from megatron.bridge.training.checkpoint import _model_state
+
+        (tmp_path / "hf").mkdir()
+        (tmp_path / "hf" / "config.json").write_text("{}")
+        cfg = make_run()
+        with distributed(cfg):
+            save(tmp_path / "start", 0, _model_state(setup(cfg).model), side_files={"hf": tmp_path / "hf"})
+        start = {"pretrained_checkpoint": str(tmp_path / "start"), "save": str(tmp_path / "first")}
+        pretrain(make_run(train_iters=1, **start), forward_step)
+        rest = {"load": str(tmp_path / "first"), "save": str(tmp_path / "second")}
+        pretrain(make_run(train_iters=2, **rest), forward_step)
+
+    run_ranks(1, work, timeout=60)
+    for name in ("first", "second"):
+        assert (dist_checkpoint.resolve(tmp_path / name) / "hf" / "config.json").read_text() == "{}"

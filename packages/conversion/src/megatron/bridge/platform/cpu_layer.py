@@ -152,7 +152,10 @@ def _redirect_allocation() -> None:
     @functools.wraps(type_name)
     def cuda_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = type_name(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        # Under the function mode torch calls this by name once more from inside, so the answer may be done already.
+        if isinstance(answer, str) and not answer.startswith("torch.cuda."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
 
     _replace(torch.Tensor, "type", cuda_type_name)
 

@@ -4,22 +4,24 @@
 on a `RunState`. How the files are written is `megatron.bridge.conversion.dist_checkpoint`'s business.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge import platform
 from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
+from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.random_state import random_state, restore_random_state
-from megatron.bridge.training.run_config import to_yaml
+from megatron.bridge.training.side_files import side_files
 from megatron.bridge.training.state import TrainProgress
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.state import RunState
-
-RUN_CONFIG = "run_config.yaml"
 
 # Tells Megatron-Core how to name and split what it saves: one tensor per parameter, whatever the layout. Megatron-Core
 # adds process groups to the dict it is given, so it gets a copy.
@@ -40,7 +42,7 @@ def save_checkpoint(
     cfg: "ConfigContainer",
     consumed_samples: int | None = None,
 ) -> Path:
-    """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, and `run_config.yaml`. Collective.
+    """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
     Args:
         iteration: optimizer steps done.
@@ -69,9 +71,13 @@ def save_checkpoint(
         state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
-    return dist_checkpoint.save(
-        cfg.checkpoint.save, iteration, state, side_files={RUN_CONFIG: to_yaml(cfg)}, content_metadata=dict(_SHARDING)
-    )
+    with whole_parameters(model), tempfile.TemporaryDirectory() as scratch:
+        beside = on_every_rank(
+            lambda: side_files(cfg, Path(scratch)) if platform.is_rank_zero() else {}, "cannot describe the run"
+        )
+        return dist_checkpoint.save(
+            cfg.checkpoint.save, iteration, state, side_files=beside, content_metadata=dict(_SHARDING)
+        )
 
 
 def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "ConfigContainer") -> TrainProgress:

@@ -1,5 +1,10 @@
 """`megatron-bridge train`: a recipe, changed by a file and by overrides, on one or several ranks. Light until run."""
 
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -35,7 +40,27 @@ def train(recipe: str, config: str | None, nproc: int | None, overrides: tuple[s
         raise BridgeError(f"--nproc {nproc} starts ranks, but a launcher has started {world_size()} already; drop one")
     # In the parent: refusals come once, and the ranks are forked from a process that has imported everything.
     configured(recipe, config, overrides).validate(nproc)
-    run_ranks(nproc, _run, recipe, config, overrides, timeout=_NO_LIMIT)
+    with _signals_left_to_the_ranks():
+        run_ranks(nproc, _run_rank, recipe, config, overrides, timeout=_NO_LIMIT)
+
+
+@contextlib.contextmanager
+def _signals_left_to_the_ranks() -> Iterator[None]:
+    """Wait for the ranks to end as they see fit: a terminal sends them Ctrl-C itself, SIGTERM is passed on to them."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    earlier = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def configured(recipe: str, config: str | None, overrides: tuple[str, ...]) -> "ConfigContainer":
@@ -59,3 +84,10 @@ def _run(recipe: str, config: str | None, overrides: tuple[str, ...]) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     pretrain(configured(recipe, config, overrides), forward_step)
+
+
+def _run_rank(recipe: str, config: str | None, overrides: tuple[str, ...]) -> None:
+    # A forked rank has inherited its parent's handlers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _run(recipe, config, overrides)

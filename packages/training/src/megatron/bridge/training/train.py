@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge import platform
 from megatron.bridge.training import checkpoint
 from megatron.bridge.training.evaluate import evaluate_and_print_results
+from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.progress import Reporter
 from megatron.bridge.training.state import TrainResult
 from megatron.bridge.training.step import train_step
@@ -48,6 +49,8 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
             if _saves(run) and (done or _due(run.cfg.checkpoint.save_interval, progress.iteration)):
                 saved = checkpoint.save(run)
                 reporter.message(f"checkpoint {saved}")
+        with whole_parameters(run.model):
+            pass  # the caller may go on to use the model
         if stopped_by is not None:
             reporter.message(_how_to_resume(stopped_by, progress.iteration, settings.train_iters, saved))
     return TrainResult(

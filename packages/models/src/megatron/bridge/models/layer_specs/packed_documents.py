@@ -1,5 +1,7 @@
 """Where the documents of a packed batch begin and end."""
 
+import itertools
+
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def document_spans(packed: PackedSeqParams, *, tokens: int) -> list[tuple[int, i
     for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
         _refuse_other(name, getattr(packed, name), getattr(packed, name.replace("kv", "q")))
     starts = bounds if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     spans = [(start, start + length) for start, length in zip(starts, lengths, strict=False)]
     edges = [0, *(edge for span in spans for edge in span), tokens]
     if edges != sorted(edges) or len(starts) != len(bounds):

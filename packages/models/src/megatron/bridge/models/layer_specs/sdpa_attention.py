@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.causal_attention_cpu import blocked_causal_attention, fits
 from megatron.bridge.models.layer_specs.packed_documents import document_spans
 
 # Mask types under which a query sees no later key.
@@ -88,7 +89,13 @@ class SDPAttention(MegatronModule):
         """`[batch, heads, queries, size]` in and out; `hidden` is True where a query must not see a key."""
         queries, keys = query.shape[2], key.shape[2]
         causal = self.attn_mask_type in _CAUSAL and queries > 1
+        if causal and queries > keys:
+            raise BridgeError(
+                f"causal attention of {queries} queries to only {keys} keys: each query needs its own key"
+            )
         plain_causal = causal and hidden is None and self.window is None and queries == keys
+        if plain_causal and not (self.training and self.dropout) and fits(query):
+            return blocked_causal_attention(query, key, value, self.softmax_scale)
         seen = None
         if not plain_causal:
             band = _band(queries, keys, causal, self.window, query.device)
@@ -113,8 +120,8 @@ class SDPAttention(MegatronModule):
             if start > end:
                 pieces.append(query.new_zeros(start - end, *query.shape[1:]))
             # [t, h, d] -> [1, h, t, d]
-            parts = (tensor[start:stop].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-            pieces.append(self._attend(*parts, hidden=None).squeeze(0).transpose(0, 1))
+            q, k, v = (tensor[start:stop].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+            pieces.append(self._attend(q, k, v, hidden=None).squeeze(0).transpose(0, 1))
             end = stop
         if end < query.shape[0]:
             pieces.append(query.new_zeros(query.shape[0] - end, *query.shape[1:]))

@@ -19,7 +19,7 @@ _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "layernorm_zero_centered_gamma": ((False,), "add 1 to the norms' weights and set it to False"),
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "memory_efficient_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
-    "apply_query_key_layer_scaling": ((False,), "it only helps fp16 attention scores, kept in fp32 here; set it to False"),
+    "apply_query_key_layer_scaling": ((False,), "scores are in fp32 here, which it is for; set it to False"),
     "softmax_type": (("vanilla",), "use layer_spec='transformer_engine'"),
     "qk_clip": ((False,), "use layer_spec='transformer_engine'"),
 }
@@ -32,9 +32,7 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
     """
     _refuse_unsupported(config)
-    block = with_layers(
-        stock_block(config, vp_stage, engine=False), lambda layer: _with_torch_modules(layer, config)
-    )
+    block = with_layers(stock_block(config, vp_stage, engine=False), lambda layer: _with_torch_modules(layer, config))
     return dataclasses.replace(block, layer_norm=torch_norm)
 
 

@@ -1,0 +1,33 @@
+"""What lies beside the tensors of a checkpoint: the run's configuration, and the Hugging Face files of its model.
+
+With the latter a checkpoint can be exported by itself: `AutoBridge.from_megatron_checkpoint(folder)`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion.checkpoint_layout import resolve
+from megatron.bridge.training.run_config import to_yaml
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+RUN_CONFIG = "run_config.yaml"
+
+
+def side_files(cfg: "ConfigContainer", scratch: Path) -> dict[str, Any]:
+    """Name -> text or folder; `scratch` is an empty folder to write into.
+
+    The Hugging Face files come from the `AutoBridge` that made the provider, else from the checkpoint that the run
+    started from; a model that never had any gets none.
+    """
+    from megatron.bridge.conversion.megatron_checkpoint import HF_FILES, describing_files
+
+    files: dict[str, Any] = {RUN_CONFIG: to_yaml(cfg)}
+    bridge = getattr(cfg.model, "bridge", None)
+    if bridge is not None:
+        return files | {HF_FILES: describing_files(bridge, scratch)}
+    for origin in (cfg.checkpoint.load, cfg.checkpoint.pretrained_checkpoint):
+        if origin is not None and (folder := resolve(origin) / HF_FILES).is_dir():
+            return files | {HF_FILES: folder}
+    return files
