@@ -188,3 +188,22 @@ def test_an_exception_that_does_not_pickle_still_arrives_as_text():
 
     with pytest.raises(RankFailed, match="only here"):
         run_ranks(1, fail)
+
+
+def test_code_that_runs_inside_backward_is_inside_the_layer_too():
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad + torch.ones(1, device="cuda")
+
+    with cpu_layer():
+        x = torch.zeros(1, requires_grad=True)
+        Recompute.apply(x).backward()
+        assert x.grad.item() == 2.0
+        y = torch.zeros(1, requires_grad=True)
+        (gradient,) = torch.autograd.grad(Recompute.apply(y), y)
+        assert gradient.item() == 2.0

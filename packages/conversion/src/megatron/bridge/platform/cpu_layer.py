@@ -135,7 +135,17 @@ def _enter_cpu_mode() -> Any:
 def _redirect_allocation() -> None:
     import torch
 
-    _saved.append((_ALLOCATION, "mode", _enter_cpu_mode()))
+    mode = _enter_cpu_mode()
+    _saved.append((_ALLOCATION, "mode", mode))
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    @functools.wraps(run_backward)
+    def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
+        # `Tensor.backward` leaves the mode, and recomputed activations run code in it.
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    _replace(torch.autograd, "_engine_run_backward", run_backward_in_mode)
     module_to = torch.nn.Module.to
 
     @functools.wraps(module_to)

@@ -150,3 +150,7 @@ def destroy_distributed() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name, value in vars(parallel_state).items() if parallel_state is not None else ():
+        # Megatron-Core forgets some of its groups; a dead one would be joined when a forked rank replaces it.
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)

@@ -1,7 +1,7 @@
 """Parameters that are whole on every rank.
 
-With `overlap_param_gather` the distributed optimizer's update reaches a rank's parameters with the next forward pass, layer
-by layer; until then most of them are those of the step before.
+With `overlap_param_gather` the distributed optimizer's update reaches a rank's parameters with the next forward pass,
+layer by layer; until then most of them are those of the step before.
 """
 
 import contextlib
