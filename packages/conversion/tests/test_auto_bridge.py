@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from transformers import LlamaConfig
+
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion import MegatronModelBridge, WeightRule, WeightTable
 from megatron.bridge.conversion.hf_config import read_config, rope
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES
 from megatron.bridge.errors import BridgeError
-from transformers import LlamaConfig
 
 
 class ToyBridge(MegatronModelBridge):

@@ -1,6 +1,7 @@
 """A plan accounts for every weight on both sides, or says which one is left over."""
 
 import pytest
+
 from megatron.bridge.conversion.names import NamePattern, skeleton
 from megatron.bridge.conversion.plan import PlanError, export_plan, import_plan
 from megatron.bridge.conversion.shards import COLUMN
@@ -129,7 +130,9 @@ def test_a_table_refuses_rules_that_contradict_each_other():
 
 
 def test_ninety_thousand_weights_plan_in_seconds():
-    table = WeightTable((WeightRule("layers.{l}.experts.{e}.fc1", ("h.{l}.e.{e}.gate", "h.{l}.e.{e}.up"), Concatenate(2)),))
+    table = WeightTable(
+        (WeightRule("layers.{l}.experts.{e}.fc1", ("h.{l}.e.{e}.gate", "h.{l}.e.{e}.up"), Concatenate(2)),)
+    )
     index = [(layer, expert) for layer in range(45) for expert in range(1000)]
     hf = {f"h.{layer}.e.{expert}.{kind}": (4, 2) for layer, expert in index for kind in ("gate", "up")}
     plan = import_plan(table, hf, {f"layers.{layer}.experts.{expert}.fc1": (8, 2) for layer, expert in index})

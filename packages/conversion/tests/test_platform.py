@@ -1,4 +1,4 @@
-"""The CPU layer is explicit, reversible and pinned to the supported Megatron-Core; ranks report, time out and clean up."""
+"""The CPU layer is explicit, reversible and pinned to Megatron-Core's version; ranks report, time out and clean up."""
 
 import importlib.metadata
 import os
@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+
 from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.platform.cpu_layer import cpu_layer, replaced
@@ -174,7 +175,7 @@ def test_a_rank_that_hangs_is_stopped_at_the_time_out():
         time.sleep(60)
 
     started = time.monotonic()
-    with pytest.raises(RankFailed, match=r"\[rank 1\] did not finish \(time-out of 2 s"):
+    with pytest.raises(RankFailed, match=r"\[rank 0, 1\] did not finish \(time-out of 2 s"):
         run_ranks(2, record_and_hang, timeout=2)
     assert time.monotonic() - started < 20
 

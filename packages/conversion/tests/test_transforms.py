@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW
 from megatron.bridge.conversion.transforms import Concatenate, Identity, InMemory, InterleaveGroups, PadRows, whole
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from megatron.bridge.testing import import_engine
 
 

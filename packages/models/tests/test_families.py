@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.conversion.plan import PlanError
@@ -11,7 +13,6 @@ from megatron.bridge.conversion.table import WeightTable
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, random_model, run_ranks, save_random_model
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 TP, PP, VPP = (
     "tensor_model_parallel_size",
@@ -42,9 +43,7 @@ def rope(kind, **values):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **values}}
 
 
-LLAMA3_ROPE = rope(
-    "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
+LLAMA3_ROPE = rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),

@@ -137,8 +137,6 @@ def test_a_configuration_written_and_read_is_the_same(make_run: Callable[..., An
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 17}, {}, 2, "seq_length=17 is not"),
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {"global_batch_size": 3}, 2,
          "an interleaved pipeline needs the micro-batches per step"),
-        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}, 2,
-         "needs model.overlap_p2p_comm=true and model.batch_p2p_comm=false"),
         ({"vocab_size": 100}, {"vocab_size": 128}, 1, "tokenizer.vocab_size=128 is larger than model.vocab_size=100"),
     ],
 )  # fmt: skip

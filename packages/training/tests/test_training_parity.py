@@ -20,8 +20,7 @@ TOLERANCE = 1e-5
 
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
-# Megatron-Core mixes up micro-batches of two interleaved stages unless messages are sent one by one.
-VPP = PP | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "batch_p2p_comm": False}
+VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 # name -> (model fields, settings)
 ONE_RANK: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -20,12 +20,7 @@ from megatron.bridge.training.setup import distributed, setup
 from megatron.bridge.training.side_files import RUN_CONFIG
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
-VPP: dict[str, Any] = {
-    "pipeline_model_parallel_size": 2,
-    "virtual_pipeline_model_parallel_size": 2,
-    "overlap_p2p_comm": True,
-    "batch_p2p_comm": False,
-}
+VPP: dict[str, Any] = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one rank with dropout": (1, {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {}),
     "one rank, bf16": (1, {"bf16": True, "params_dtype": torch.bfloat16}, {}),

@@ -155,7 +155,7 @@ def _check_ties(plan: Plan, source: WeightSource, what: str) -> None:
         ):
             raise PlanError(
                 f"{what}: {name} differs from {to}, but the configuration ties them (tie_word_embeddings); "
-                "one of the two would be lost. Set tie_word_embeddings to false in config.json if they are meant to differ"
+                "one of the two would be lost. Set tie_word_embeddings to false in config.json if they should differ"
             )
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from megatron.bridge.conversion.live import Model
 
-# Largest |difference| / largest |reference| that counts as the same function, by parameter dtype. In fp32 it leaves room
-# for another order of summation; bf16 and fp16 have 8 and 11 bits.
+# Largest |difference| / largest |reference| that counts as the same function, by parameter dtype. In fp32 it leaves
+# room for another order of summation; bf16 and fp16 have 8 and 11 bits.
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 

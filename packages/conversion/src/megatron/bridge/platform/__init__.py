@@ -1,7 +1,7 @@
 """What machine this is: the only package that may ask torch about CUDA.
 
-`device`, `backend` and `describe` answer; `initialize_distributed` prepares one process, torchrun or srun; the CPU layer
-(`enable_cpu_layer`) lets the unmodified Megatron-Core wheel run on CPU and gloo; `launch` starts ranks on this machine.
+`device`, `backend` and `describe` answer; `initialize_distributed` prepares one process, torchrun or srun; the CPU
+layer (`enable_cpu_layer`) lets the unmodified Megatron-Core wheel run on CPU and gloo; `launch` starts ranks here.
 """
 
 from megatron.bridge.platform.cpu_layer import cpu_layer_enabled, disable_cpu_layer, enable_cpu_layer

@@ -137,7 +137,7 @@ def _redirect_allocation() -> None:
 
     mode = _enter_cpu_mode()
     _saved.append((_ALLOCATION, "mode", mode))
-    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    run_backward = torch.autograd._engine_run_backward
 
     @functools.wraps(run_backward)
     def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:

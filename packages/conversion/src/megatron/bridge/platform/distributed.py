@@ -108,7 +108,7 @@ def _initialize_alone(timeout: datetime.timedelta) -> None:
     # A file rather than a port: no other process can take it first.
     folder = tempfile.mkdtemp(prefix="megatron-bridge-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    store = dist.FileStore(f"{folder}/store", 1)  # type: ignore[attr-defined]
+    store = dist.FileStore(f"{folder}/store", 1)
     dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
 
 

@@ -12,13 +12,18 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, cast
 
 from megatron.bridge.errors import BridgeError
+
+# What a forked rank puts back, having inherited this process's handlers.
+_handlers_of_ranks: dict[int, Any] = {}
+_LONGEST_WAIT = 600.0  # seconds that a collective waits for an absent rank
 
 
 class RankFailed(BridgeError):
@@ -45,33 +50,43 @@ class _Report:
 
 
 def run_ranks(
-    count: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0, grace: float = 5.0
+    count: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float | None = 600.0,
+    grace: float = 5.0,
+    collective_timeout: float | None = None,
+    threads: int = 1,
 ) -> list[Any]:
     """Run `function(*args)` in `count` forked ranks with torch.distributed initialised; return their results by rank.
 
     Args:
         count: number of ranks.
         function: called in every rank; closures are fine, results must pickle.
-        timeout: seconds for the whole run. Collectives in the ranks fail after the same time.
+        timeout: seconds for the whole run; None for no limit.
         grace: seconds a rank has to end by itself after another one failed, before it is killed.
+        collective_timeout: seconds that a collective waits for an absent rank; None for `timeout`, at most 10 minutes.
+        threads: of torch in each rank. More than one only where this process has not used several itself: the OpenMP
+            runtime does not survive being forked.
 
     Raises:
         RankFailed: chained to the first failed rank's exception.
     """
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
     context = multiprocessing.get_context("fork")
+    waits = collective_timeout or min(timeout or _LONGEST_WAIT, _LONGEST_WAIT)
     ranks = []
     for index in range(count):
         receiver, sender = context.Pipe(duplex=False)
         place = environment | {"RANK": str(index), "LOCAL_RANK": str(index)}
         process = context.Process(
-            target=_rank_main, args=(sender, place, function, args, timeout), name=f"rank {index}", daemon=False
+            target=_rank_main, args=(sender, place, function, args, waits, threads), name=f"rank {index}"
         )
         process.start()
         sender.close()
         ranks.append(_Rank(index, process, receiver))
     try:
-        _collect(ranks, time.monotonic() + timeout, grace)
+        _collect(ranks, None if timeout is None else time.monotonic() + timeout, grace)
     except KeyboardInterrupt:
         # The terminal has sent the same signal to the ranks: let them end as they wish before taking them down.
         _collect(ranks, time.monotonic() + 60, grace=60)
@@ -91,17 +106,23 @@ def _free_port() -> int:
 
 
 def _rank_main(
-    sender: Connection, place: dict[str, str], function: Callable[..., Any], args: Sequence[Any], timeout: float
+    sender: Connection,
+    place: dict[str, str],
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    collective_timeout: float,
+    threads: int,
 ) -> None:
     import torch
 
     os.environ.update(place)
-    # The OpenMP runtime does not survive a fork with more than one thread, and ranks share the cores anyway.
-    torch.set_num_threads(1)
+    for number, handler in _handlers_of_ranks.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
     from megatron.bridge.platform.distributed import destroy_distributed, initialize_distributed
 
     try:
-        initialize_distributed(timeout)
+        initialize_distributed(collective_timeout)
         report = _Report(value=function(*args))
         payload = pickle.dumps(report)
     except BaseException as error:
@@ -125,10 +146,13 @@ def _pickled_failure(error: BaseException) -> bytes:
     return payload
 
 
-def _collect(ranks: list[_Rank], deadline: float, grace: float) -> None:
+def _collect(ranks: list[_Rank], deadline: float | None, grace: float) -> None:
     """Receive reports until all are in, the deadline passes, or `grace` seconds after a first failure."""
     waiting = {rank.results: rank for rank in ranks if rank.report is None}
-    while waiting and (left := deadline - time.monotonic()) > 0:
+    while waiting:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            break
         for ready in wait(list(waiting), timeout=left):
             rank = waiting.pop(cast("Connection", ready))
             try:
@@ -137,7 +161,7 @@ def _collect(ranks: list[_Rank], deadline: float, grace: float) -> None:
                 rank.process.join(1)
                 rank.report = _Report(trace=f"the process died ({_exit_reason(rank.process.exitcode)})\n")
             if rank.report and rank.report.trace:
-                deadline = min(deadline, time.monotonic() + grace)
+                deadline = min(deadline or float("inf"), time.monotonic() + grace)
     for rank in ranks:
         if rank.report is not None:
             rank.process.join(max(1.0, grace))
@@ -158,25 +182,63 @@ def _kill(processes: list[BaseProcess]) -> None:
         process.join(5)
 
 
-def _failure(failed: list[_Rank], count: int, timeout: float) -> RankFailed:
-    reports = [rank.report for rank in failed if rank.report is not None]
-    lines = [f"{len(failed)} of {count} ranks failed"]
-    for rank in failed:
-        if rank.report is None:
-            lines.append(
-                f"[rank {rank.index}] did not finish (time-out of {timeout:.0f} s, or stopped after a peer failed)"
-            )
-        else:
-            lines.append(f"[rank {rank.index}] {rank.report.trace.rstrip()}")
+def _failure(failed: list[_Rank], count: int, timeout: float | None) -> RankFailed:
+    """One error for all failed ranks. A refusal is told without tracebacks, and without the peers it took down."""
+    refusals = [rank for rank in failed if rank.report is not None and isinstance(rank.report.error, BridgeError)]
+    by_text: dict[str, list[int]] = {}
+    for rank in refusals or failed:
+        by_text.setdefault(_account(rank, timeout), []).append(rank.index)
+    lines = [f"[rank {', '.join(map(str, indices))}] {text}" for text, indices in by_text.items()]
+    if not refusals:
+        lines.insert(0, f"{len(failed)} of {count} ranks failed")
     failure = RankFailed("\n".join(lines))
+    reports = [rank.report for rank in refusals or failed if rank.report is not None]
     failure.__cause__ = min(reports, key=lambda report: report.at).error if reports else None
     return failure
 
 
-def run_layout(count: int, function: Callable[..., Any], *args: Any, timeout: float = 7 * 24 * 3600.0) -> Any:
+def _account(rank: _Rank, timeout: float | None) -> str:
+    if rank.report is None:
+        limit = "" if timeout is None else f"time-out of {timeout:.0f} s, or "
+        return f"did not finish ({limit}stopped after a peer failed)"
+    if isinstance(rank.report.error, BridgeError):
+        return str(rank.report.error)
+    return rank.report.trace.rstrip()
+
+
+@contextlib.contextmanager
+def signals_left_to_ranks() -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM are for the ranks, which end as they see fit; this process waits for them.
+
+    A terminal sends Ctrl-C to the ranks by itself; SIGTERM is passed on. The ranks start with the handlers that stood
+    before.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _handlers_of_ranks.update({int(number): handler for number, handler in earlier.items()})
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        _handlers_of_ranks.clear()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def share_of_cores(count: int) -> int:
+    """Threads for each of `count` ranks of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // count)
+
+
+def run_layout(count: int, function: Callable[..., Any], *args: Any) -> Any:
     """Run `function(*args)` on `count` ranks, however this process was started; return rank 0's result.
 
-    Under torchrun or srun this process is one of the ranks. Otherwise one rank runs here, and more are forked from here.
+    Under torchrun or srun this process is one of the ranks. Otherwise a single rank runs here, and several are forked.
 
     Raises:
         BridgeError: the launcher started another number of ranks than `count` can use.
@@ -188,6 +250,6 @@ def run_layout(count: int, function: Callable[..., Any], *args: Any, timeout: fl
         if world_size() % count:
             raise BridgeError(f"{world_size()} ranks were started, and this needs a multiple of {count}")
     elif count > 1:
-        return run_ranks(count, function, *args, timeout=timeout)[0]
+        return run_ranks(count, function, *args, timeout=None, threads=share_of_cores(count))[0]
     initialize_distributed()
     return function(*args)

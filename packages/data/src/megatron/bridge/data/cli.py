@@ -1,6 +1,5 @@
 """`megatron-bridge data ...`."""
 
-import os
 import time
 from pathlib import Path
 
@@ -27,7 +26,9 @@ def data() -> None:
     type=click.Choice(DOCUMENT_KINDS),
     help="What a document of a text file is.",
 )
-@click.option("--workers", default=None, type=int, help="Processes that tokenize.  [default: one per CPU]")
+@click.option(
+    "--workers", default=1, show_default=True, type=int, help="Processes that tokenize; one already uses every core."
+)
 @click.option("--overwrite", is_flag=True, help="Replace existing output.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer folder's own Python code run.")
 def preprocess(
@@ -37,7 +38,7 @@ def preprocess(
     globs: tuple[str, ...],
     json_key: str,
     document: str,
-    workers: int | None,
+    workers: int,
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
@@ -57,7 +58,7 @@ def preprocess(
             globs=globs,
             json_key=json_key,
             document=document,
-            workers=workers if workers is not None else len(os.sched_getaffinity(0)),
+            workers=workers,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             report=report,

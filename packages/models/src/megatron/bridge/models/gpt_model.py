@@ -5,11 +5,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 
-class BridgeGPTModel(GPTModel):  # type: ignore[misc]
+class BridgeGPTModel(GPTModel):
     """`GPTModel` whose `unpadded_vocab_size` says how many of its output rows are real.
 
-    Megatron pads the vocabulary to suit tensor parallelism. Logits of padded rows would add to every softmax, so that the
-    same weights would have another loss at another layout; here they are masked.
+    Megatron pads the vocabulary to suit tensor parallelism. Logits of padded rows would add to every softmax, so that
+    the same weights would have another loss at another layout; here they are masked.
     """
 
     unpadded_vocab_size: int | None = None

@@ -83,6 +83,9 @@ class GPTModelProvider(ModelProvider, TransformerConfig):
         values = {f.name: getattr(self, f.name) for f in fields(TransformerConfig) if f.init}
         if values["pipeline_dtype"] is None:
             values["pipeline_dtype"] = self.params_dtype
+        if self.virtual_pipeline_model_parallel_size is not None:
+            # As Megatron-LM sets them: batched messages between two stages mix up the micro-batches of virtual stages.
+            values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
         if self._provides_initial_weights():
             values["perform_initialization"] = False
         try:

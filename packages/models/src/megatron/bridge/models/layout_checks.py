@@ -46,7 +46,8 @@ def _tensor_parallel(provider: "GPTModelProvider") -> Iterator[str]:
         )
     ffn = provider.ffn_hidden_size
     if ffn is not None and ffn % size:
-        yield f"tensor_model_parallel_size={size} does not divide ffn_hidden_size={ffn}; sizes that do: {_divisors(ffn)}"
+        fitting_ffn = _divisors(ffn)
+        yield f"tensor_model_parallel_size={size} does not divide ffn_hidden_size={ffn}; sizes that do: {fitting_ffn}"
     if provider.sequence_parallel and size == 1:
         yield "sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False"
 

@@ -25,7 +25,8 @@ _PARALLEL_SIZES = (
 class ModelProvider:
     """Builds the chunks of a model on this rank and wraps them for training.
 
-    A subclass is a dataclass over Megatron-Core's `TransformerConfig` and defines `transformer_config()` and `provide()`.
+    A subclass is a dataclass over Megatron-Core's `TransformerConfig`; it defines `transformer_config()` and
+    `provide()`.
     """
 
     def transformer_config(self) -> "TransformerConfig":
@@ -116,8 +117,8 @@ def _refuse_misfit(sizes: dict[str, Any], world: int) -> None:
     ranks = tensor * pipeline * context
     if world % ranks:
         raise BridgeError(
-            f"the layout needs a multiple of {ranks} ranks (tensor {tensor} x pipeline {pipeline} x context {context}), "
-            f"and {world} {'is' if world == 1 else 'are'} running; start {ranks} ranks "
+            f"the layout needs a multiple of {ranks} ranks "
+            f"(tensor {tensor} x pipeline {pipeline} x context {context}), and {world} {'is' if world == 1 else 'are'} running; start {ranks} ranks "
             f"(torchrun --nproc-per-node {ranks}), or make the layout smaller"
         )
 

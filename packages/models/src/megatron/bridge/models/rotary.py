@@ -49,8 +49,8 @@ class _ScaledFrequencies:
         self.rope_type = str(rope_parameters.get("rope_type"))
         if self.rope_type not in ROPE_INIT_FUNCTIONS:
             raise BridgeError(
-                f"rope_parameters: rope_type {self.rope_type!r} is unknown{did_you_mean(self.rope_type, ROPE_INIT_FUNCTIONS)} "
-                f"(known: {', '.join(sorted(ROPE_INIT_FUNCTIONS))})"
+                f"rope_parameters: rope_type {self.rope_type!r} is unknown"
+                f"{did_you_mean(self.rope_type, ROPE_INIT_FUNCTIONS)} (known: {', '.join(sorted(ROPE_INIT_FUNCTIONS))})"
             )
         self._function: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[self.rope_type]
         self._config = PretrainedConfig()
@@ -69,7 +69,7 @@ class _ScaledFrequencies:
             ) from error
 
 
-class _ScaledRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+class _ScaledRotaryEmbedding(RotaryEmbedding):
     """Megatron-Core's rotary embedding over scaled frequencies."""
 
     def __init__(self, plain: RotaryEmbedding, frequencies: _ScaledFrequencies) -> None:

@@ -1,10 +1,5 @@
 """`megatron-bridge train`: a recipe, changed by a file and by overrides, on one or several ranks. Light until run."""
 
-import contextlib
-import multiprocessing
-import signal
-from collections.abc import Iterator
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -13,9 +8,6 @@ from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
-
-# The longest time that poll(2) can wait for; a training run ends by itself.
-_NO_LIMIT = 20 * 24 * 3600.0  # seconds
 
 
 @click.command(name="train", context_settings={"ignore_unknown_options": False})
@@ -34,33 +26,26 @@ def train(recipe: str, config: str | None, nproc: int | None, overrides: tuple[s
         _run(recipe, config, overrides)
         return
     from megatron.bridge.platform import world_size
-    from megatron.bridge.platform.launch import run_ranks
+    from megatron.bridge.platform.engine import import_engine
+    from megatron.bridge.platform.launch import run_ranks, share_of_cores, signals_left_to_ranks
 
     if world_size() > 1:
         raise BridgeError(f"--nproc {nproc} starts ranks, but a launcher has started {world_size()} already; drop one")
     # In the parent: refusals come once, and the ranks are forked from a process that has imported everything.
-    configured(recipe, config, overrides).validate(nproc)
-    with _signals_left_to_the_ranks():
-        run_ranks(nproc, _run_rank, recipe, config, overrides, timeout=_NO_LIMIT)
-
-
-@contextlib.contextmanager
-def _signals_left_to_the_ranks() -> Iterator[None]:
-    """Wait for the ranks to end as they see fit: a terminal sends them Ctrl-C itself, SIGTERM is passed on to them."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in multiprocessing.active_children():
-            child.terminate()
-
-    earlier = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-    }
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    import_engine()
+    cfg = configured(recipe, config, overrides)
+    cfg.validate(nproc)
+    with signals_left_to_ranks():
+        run_ranks(
+            nproc,
+            _run,
+            recipe,
+            config,
+            overrides,
+            timeout=None,
+            collective_timeout=cfg.dist.timeout_seconds,
+            threads=share_of_cores(nproc),
+        )
 
 
 def configured(recipe: str, config: str | None, overrides: tuple[str, ...]) -> "ConfigContainer":
@@ -84,10 +69,3 @@ def _run(recipe: str, config: str | None, overrides: tuple[str, ...]) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     pretrain(configured(recipe, config, overrides), forward_step)
-
-
-def _run_rank(recipe: str, config: str | None, overrides: tuple[str, ...]) -> None:
-    # A forked rank has inherited its parent's handlers.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _run(recipe, config, overrides)

@@ -115,7 +115,7 @@ def _interleaving(cfg: "ConfigContainer", num_microbatches: int) -> Iterator[str
 def _model(cfg: "ConfigContainer") -> Iterator[str]:
     model = cfg.model
     try:
-        yield from _two_stage_interleaving(model.transformer_config())
+        model.transformer_config()
     except BridgeError as error:
         yield f"model: {error}"
     tensor = model.tensor_model_parallel_size
@@ -130,17 +130,6 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
     for flag, name in _LOW_PRECISION.items():
         if (dtype == name) != bool(getattr(model, flag)):
             yield f"model.{flag}={getattr(model, flag)} and model.params_dtype={dtype} contradict each other; set both"
-
-
-def _two_stage_interleaving(config: Any) -> Iterator[str]:
-    """With two stages the neighbour before is the neighbour after: batched messages would be taken for each other."""
-    interleaved = config.virtual_pipeline_model_parallel_size is not None and config.pipeline_model_parallel_size == 2
-    if interleaved and (config.batch_p2p_comm or not config.overlap_p2p_comm):
-        yield (
-            "model.virtual_pipeline_model_parallel_size with pipeline_model_parallel_size=2 needs "
-            "model.overlap_p2p_comm=true and model.batch_p2p_comm=false: Megatron-Core's batched messages between two "
-            "ranks mix up the micro-batches"
-        )
 
 
 _LOW_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}

@@ -14,10 +14,10 @@ import click
 )
 @click.option("--tp", default=2, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks.")
 @click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages.")
-@click.option("--steps", default=160, show_default=True, type=click.IntRange(2), help="Training steps.")
-@click.option("--seq-length", default=256, show_default=True, type=click.IntRange(8), help="Tokens per sequence.")
+@click.option("--steps", default=400, show_default=True, type=click.IntRange(2), help="Training steps.")
+@click.option("--seq-length", default=128, show_default=True, type=click.IntRange(8), help="Tokens per sequence.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Sequences per step.")
-@click.option("--lr", default=3e-3, show_default=True, type=float, help="Highest learning rate.")
+@click.option("--lr", default=5e-3, show_default=True, type=float, help="Highest learning rate.")
 @click.option(
     "--work",
     default=Path("quickstart"),
@@ -29,8 +29,8 @@ import click
 def quickstart(work: Path, fresh: bool, **choices: object) -> None:
     """Convert, train in parallel, resume, export, and prove it with transformers.
 
-    Needs no network: without --hf it makes a small Llama with a tokenizer trained on the text. An interrupted run goes on
-    where it stopped when the same command is given again.
+    Needs no network: without --hf it makes a small Llama with a tokenizer trained on the text. An interrupted run goes
+    on where it stopped when the same command is given again.
     """
     from megatron.bridge.training.quickstart.journal import Journal, QuickstartOptions
     from megatron.bridge.training.quickstart.run import run

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron.bridge.errors import BridgeError
 
@@ -29,7 +30,7 @@ class QuickstartOptions:
         return self.tp * self.pp
 
     @property
-    def layout(self) -> dict[str, int]:
+    def layout(self) -> dict[str, Any]:
         """The provider fields of the layout."""
         return {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
 

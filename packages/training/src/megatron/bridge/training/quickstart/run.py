@@ -10,6 +10,17 @@ from megatron.bridge.training.quickstart import stages
 from megatron.bridge.training.quickstart.journal import Journal, Step
 from megatron.bridge.training.quickstart.stages import Paths
 
+# Imported once, before the ranks are forked.
+_MODULES = (
+    "megatron.bridge.conversion.verify",
+    "megatron.bridge.data.datasets.gpt_build",
+    "megatron.bridge.models.gpt_provider",
+    "megatron.bridge.models.gpt_model",
+    "megatron.bridge.training.setup",
+    "megatron.bridge.training.train",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+)
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
@@ -26,7 +37,7 @@ def run(journal: Journal) -> None:
     from megatron.bridge.platform.engine import import_engine
 
     click.echo("importing torch and Megatron-Core ...")
-    import_engine()
+    import_engine(*_MODULES)
     options = journal.options
     paths = Paths(journal.folder, options.hf or journal.folder / "model")
     half = options.steps // 2
@@ -58,9 +69,9 @@ def _step(journal: Journal, name: str, work: Callable[[], str]) -> None:
 
 def _forked(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
     """Rank 0's result; even one rank is forked, so that this process stays fit for forking."""
-    from megatron.bridge.platform.launch import run_ranks
+    from megatron.bridge.platform.launch import run_ranks, share_of_cores
 
-    return run_ranks(ranks, function, *args, timeout=7 * 24 * 3600.0)[0]
+    return run_ranks(ranks, function, *args, timeout=None, threads=share_of_cores(ranks))[0]
 
 
 def _make_model(paths: Paths, positions: int) -> str:
@@ -85,14 +96,22 @@ def _preprocess(paths: Paths, journal: Journal) -> str:
 
 
 def _train(paths: Paths, journal: Journal, until: int) -> str:
+    from megatron.bridge.platform.launch import signals_left_to_ranks
+
     started = time.perf_counter()
-    result = _forked(journal.options.ranks, stages.train, paths, journal.options, until)
+    with signals_left_to_ranks():
+        result = _forked(journal.options.ranks, stages.train, paths, journal.options, until)
     if result.stopped_by != "train_iters":
         raise Interrupted(f"stopped by {result.stopped_by} after step {result.iteration}; saved in {result.checkpoint}")
-    first, last = min(result.losses), max(result.losses)
     tokens = len(result.losses) * journal.options.batch * journal.options.seq_length
     speed = tokens / (time.perf_counter() - started)
-    return f"loss {result.losses[first]:.3f} -> {result.losses[last]:.3f}; {speed:,.0f} tokens/s with start and saving"
+    return f"loss {_loss_curve(list(result.losses.values()))}; {speed:,.0f} tokens/s with start and saving"
+
+
+def _loss_curve(losses: list[float], window: int = 10) -> str:
+    """First loss -> mean of the last steps; one step's loss varies with its texts."""
+    last = losses[-window:]
+    return f"{losses[0]:.3f} -> {sum(last) / len(last):.3f} (mean of {len(last)} steps)"
 
 
 def _export(paths: Paths, journal: Journal) -> str:

@@ -10,7 +10,9 @@ def make_small_llama(folder: Path, texts: Iterable[str], positions: int) -> int:
     """Train a byte-level BPE on `texts` and save a random Llama for it; returns its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     from megatron.bridge.data.tokenizers import train_bpe_tokenizer
 
     partial = folder.with_name(f".{folder.name}.partial")
@@ -20,7 +22,7 @@ def make_small_llama(folder: Path, texts: Iterable[str], positions: int) -> int:
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=positions,
