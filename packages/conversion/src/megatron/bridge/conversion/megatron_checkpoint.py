@@ -1,6 +1,7 @@
 """A model's weights as a Megatron distributed checkpoint, with the Hugging Face files that describe it beside them."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
 
 HF_FILES = "hf"
+# What a checkpoint may hold that a loader of weights alone leaves unread.
+BESIDES_WEIGHTS = ("optimizer.", "rng_state")
 
 
 def save_model(bridge: "AutoBridge", model: Model, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -31,11 +34,19 @@ def save_model(bridge: "AutoBridge", model: Model, path: str | Path, *, overwrit
 
 
 def load_model(model: Model, path: str | Path) -> None:
-    """Fill a model with a checkpoint's weights; what else the checkpoint holds is left. Collective."""
+    """Fill a model with a checkpoint's weights; a run's optimizer and random state are left unread. Collective.
+
+    Raises:
+        BridgeError: no checkpoint, a damaged one, or one of another model; the message names the key or the file.
+    """
     chunks = as_chunks(model)
-    state = dist_checkpoint.load(path, model_state(chunks), strict=False)
+    fill(chunks, dist_checkpoint.load(path, model_state(chunks), ignore=BESIDES_WEIGHTS))
+
+
+def fill(chunks: "Sequence[torch.nn.Module]", loaded: Mapping[str, Any]) -> None:
+    """Put a loaded state dict into unwrapped chunks."""
     for key, chunk in zip(state_keys(len(chunks)), chunks, strict=True):
-        chunk.load_state_dict(state[key])
+        chunk.load_state_dict(loaded[key])
 
 
 def describing_files(bridge: "AutoBridge", scratch: Path) -> Path:
@@ -68,9 +79,15 @@ def state_keys(chunks: int) -> list[str]:
     return ["model"] if chunks == 1 else [f"model{index}" for index in range(chunks)]
 
 
-def model_state(chunks: "list[torch.nn.Module]") -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of unwrapped chunks."""
+def model_state(chunks: "Sequence[torch.nn.Module]", metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Megatron-Core's sharded state dict of unwrapped chunks.
+
+    Args:
+        chunks: this rank's, one or one per virtual pipeline stage.
+        metadata: Megatron-Core's description of how to name and split what is saved.
+    """
     return {
-        key: chunk.sharded_state_dict()  # type: ignore[operator]
+        # Megatron-Core adds process groups to the dict it is given, so it gets a copy.
+        key: chunk.sharded_state_dict(metadata=dict(metadata or {}))  # type: ignore[operator]
         for key, chunk in zip(state_keys(len(chunks)), chunks, strict=True)
     }

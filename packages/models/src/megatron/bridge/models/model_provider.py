@@ -118,8 +118,8 @@ def _refuse_misfit(sizes: dict[str, Any], world: int) -> None:
     if world % ranks:
         raise BridgeError(
             f"the layout needs a multiple of {ranks} ranks "
-            f"(tensor {tensor} x pipeline {pipeline} x context {context}), and {world} {'is' if world == 1 else 'are'} running; start {ranks} ranks "
-            f"(torchrun --nproc-per-node {ranks}), or make the layout smaller"
+            f"(tensor {tensor} x pipeline {pipeline} x context {context}), and the world has {world}; "
+            f"start {ranks} ranks (torchrun --nproc-per-node {ranks}), or make the layout smaller"
         )
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
 from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.conversion.live_weights import as_chunks
+from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
@@ -30,8 +32,6 @@ _SHARDING: Mapping[str, Any] = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-# What a checkpoint may hold that a loader of weights alone leaves unread.
-_BESIDES_WEIGHTS = ("optimizer.", "rng_state")
 
 
 def save_checkpoint(
@@ -115,7 +115,7 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
     else:
         ignore += ("optimizer.",)
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
-    _load_into(model, loaded)
+    fill(as_chunks(model), loaded)
     if "optimizer" in state:
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif optimizer is not None:
@@ -131,8 +131,8 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
 
 def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
     """Load a checkpoint's weights alone, e.g. those that `AutoBridge.import_ckpt` converted. Collective."""
-    loaded = dist_checkpoint.load(path, _model_state(model), ignore=_BESIDES_WEIGHTS)
-    _load_into(model, loaded)
+    loaded = dist_checkpoint.load(path, _model_state(model), ignore=BESIDES_WEIGHTS)
+    fill(as_chunks(model), loaded)
     if optimizer is not None:
         optimizer.reload_model_params()
 
@@ -161,22 +161,7 @@ def start_from(run: "RunState") -> None:
 
 
 def _model_state(model: list[Any]) -> dict[str, Any]:
-    """Sharded state of each chunk, under `model`, or `model0`, `model1`, ... for virtual pipeline stages."""
-    from megatron.core.utils import unwrap_model
-
-    names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
-    return {
-        name: unwrap_model(chunk).sharded_state_dict(metadata=dict(_SHARDING))
-        for name, chunk in zip(names, model, strict=True)
-    }
-
-
-def _load_into(model: list[Any], loaded: dict[str, Any]) -> None:
-    from megatron.core.utils import unwrap_model
-
-    names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
-    for name, chunk in zip(names, model, strict=True):
-        unwrap_model(chunk).load_state_dict(loaded[name], strict=True)
+    return model_state(as_chunks(model), _SHARDING)
 
 
 def _layout() -> dict[str, int]:

@@ -1,0 +1,78 @@
+"""Walks a frozen model, puts in place what a method returns, and records what that changed."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from megatron.bridge.peft.report import Binding
+
+if TYPE_CHECKING:
+    import torch
+
+    type Transform = Callable[[torch.nn.Module, str, str], torch.nn.Module]
+
+
+def freeze(model: "torch.nn.Module") -> None:
+    """Make no parameter of `model` trainable, and forget gradients that would be counted or clipped."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def module_names(model: "torch.nn.Module") -> Iterator[str]:
+    """Full names of all modules, the empty one of the model itself included."""
+    return (name for name, _ in model.named_modules())
+
+
+class Binder:
+    """Applies one method to one chunk.
+
+    Attributes:
+        bindings: modules that were changed so far, in the order they were met.
+    """
+
+    def __init__(self, transform: "Transform", chunk: int) -> None:
+        self.bindings: list[Binding] = []
+        self._transform = transform
+        self._chunk = chunk
+        # A module that hangs in two places stays one module.
+        self._done: dict[int, tuple[torch.nn.Module, torch.nn.Module]] = {}
+
+    def bind(self, module: "torch.nn.Module", name: str = "", prefix: str = "") -> "torch.nn.Module":
+        """Transform `module` and all below it, children first, so that what a method adds is not visited itself."""
+        if id(module) in self._done:
+            return self._done[id(module)][1]
+        full = f"{prefix}.{name}" if prefix else name
+        for child_name, child in list(module._modules.items()):
+            if child is not None:
+                bound = self.bind(child, child_name, full)
+                if bound is not child:
+                    setattr(module, child_name, bound)
+        before = _own_trainable(module)
+        bound = self._transform(module, name, prefix)
+        if bound is not module or _own_trainable(bound) != before:
+            self.bindings.append(Binding.of(full, self._chunk, module, bound))
+        # Keeping the module keeps its id from being given to another.
+        self._done[id(module)] = (module, bound)
+        return bound
+
+
+def _own_trainable(module: "torch.nn.Module") -> frozenset[str]:
+    return frozenset(name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad)
+
+
+def counted_over_model_parallel_ranks(counts: list[int]) -> list[int]:
+    """Element-wise sum over the tensor- and pipeline-parallel ranks that hold the model with this one. Collective.
+
+    Without Megatron's process groups the model is this rank's alone.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return counts
+    import torch
+
+    from megatron.bridge.platform import device
+
+    summed = torch.tensor(counts, device=device())
+    torch.distributed.all_reduce(summed, group=parallel_state.get_model_parallel_group())
+    return [int(count) for count in summed.tolist()]
