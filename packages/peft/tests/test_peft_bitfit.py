@@ -1,4 +1,4 @@
-"""BitFit on Megatron-Core GPT models: the biases learn what they would learn in full training, and nothing else moves."""
+"""BitFit on Megatron-Core GPT models: biases learn what they would in full training, and nothing else moves."""
 
 from collections.abc import Callable
 from functools import partial
@@ -89,7 +89,6 @@ def test_one_optimizer_step_changes_every_bias_and_nothing_else(
         return moved, {name for name in before if name.endswith("bias")}
 
     for moved, biases in run_ranks(ranks, work, timeout=120):
-        # Softmax does not see a constant added to all keys' scores, so a bias may have a gradient of rounding only.
         assert moved == biases
         assert len(biases) >= 6
 
@@ -142,7 +141,7 @@ def test_a_model_without_biases_is_refused_on_every_rank(make_gpt: MakeGPT) -> N
         return str(refusal.value)
 
     for message in run_ranks(2, work, timeout=60):
-        assert message.startswith("BitFit changed no module of the model: BitFit trains biases")
+        assert message.startswith("BitFit changed no module of the model. BitFit trains biases")
 
 
 def test_a_target_that_matches_nothing_is_refused(make_gpt: MakeGPT) -> None:

@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning methods on Megatron-Core models. Nothing heavy is imported until a method is applied."""
+"""Parameter-efficient fine-tuning methods on Megatron-Core models. Nothing heavy is imported before one is applied."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

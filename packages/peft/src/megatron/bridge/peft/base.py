@@ -115,18 +115,18 @@ class PEFT(ABC):
             return
         what = type(self).__name__
         if not wanted:
-            raise BridgeError(f"{what} changed no module of the model: {self.requirement}")
+            raise BridgeError(f"{what} changed no module of the model. {self.requirement}")
         known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
         hints = "".join(did_you_mean(pattern, known) for pattern in unmatched)
         raise BridgeError(
-            f"{what} changed no module for target_modules={unmatched or wanted}{hints}; the modules here are called "
-            f"{', '.join(known)}; {self.requirement}"
+            f"{what} changed no module for target_modules={unmatched}{hints or '.'} "
+            f"The modules here: {', '.join(known)}. {self.requirement}"
         )
 
     @property
     def requirement(self) -> str:
         """What a module must be for this method to change it, for messages. Subclasses say it in their terms."""
-        return "set target_modules to modules that the method can change"
+        return "Set target_modules to modules that the method can change"
 
 
 PEFT_METHODS: Registry[type[PEFT]] = Registry("megatron.bridge.peft", PEFT, "PEFT method")

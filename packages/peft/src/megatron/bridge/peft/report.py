@@ -54,8 +54,9 @@ class BindingReport:
 
     def __str__(self) -> str:
         share = self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
+        count = len(self.bindings)
         lines = [
-            f"{self.method}: {len(self.bindings)} modules changed; {self.trainable_parameters:,} of "
+            f"{self.method}: {count} module{'s' * (count != 1)} changed; {self.trainable_parameters:,} of "
             f"{self.total_parameters:,} parameters on this rank train ({share:.2%})"
         ]
         several = len({binding.chunk for binding in self.bindings}) > 1

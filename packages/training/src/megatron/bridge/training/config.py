@@ -74,7 +74,7 @@ class SchedulerConfig:
     """How the learning rate moves from step to step (Megatron-Core's `OptimizerParamScheduler`).
 
     Attributes:
-        lr_decay_style: shape after the warm-up, from `optimizer.lr` to `optimizer.min_lr`.
+        lr_decay_style: shape after the warm-up, from `optimizer.lr` to `optimizer.min_lr` (None counts as 0).
         lr_decay_iters: step at which `optimizer.min_lr` is reached; None for `train.train_iters`.
         lr_warmup_iters: steps of linear warm-up.
         lr_warmup_fraction: the same as a fraction of `lr_decay_iters`; set one of the two.

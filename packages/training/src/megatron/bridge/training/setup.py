@@ -75,8 +75,10 @@ def build_optimizer(cfg: "ConfigContainer", model: list[Any]) -> Any:
     """Megatron-Core's optimizer for `model`, in the model's precision; `cfg.optimizer` itself is left as it is."""
     from megatron.core.optimizer import get_megatron_optimizer
 
-    precision = {"bf16": cfg.model.bf16, "fp16": cfg.model.fp16, "params_dtype": cfg.model.params_dtype}
-    return get_megatron_optimizer(dataclasses.replace(cfg.optimizer, **precision), model)
+    values = {"bf16": cfg.model.bf16, "fp16": cfg.model.fp16, "params_dtype": cfg.model.params_dtype}
+    # Megatron-Core's schedule takes the lowest rate from here and cannot do without one.
+    values["min_lr"] = cfg.optimizer.min_lr or 0.0
+    return get_megatron_optimizer(dataclasses.replace(cfg.optimizer, **values), model)
 
 
 def connect(model: list[Any], optimizer: Any) -> None:

@@ -1,0 +1,129 @@
+"""Where each module of a MIMO model lives: its own parallel sizes, and the ranks that they stand on."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from megatron.bridge.mimo.repairs import Fix
+    from megatron.bridge.mimo.violations import Violation
+
+DEPLOYMENT_MODES = ("homogeneous", "colocated", "heterogeneous")
+
+
+class PlacementError(BridgeError):
+    """A placement cannot work.
+
+    Attributes:
+        findings: each violation with the smallest change that ends it. Every fix stands for itself: where one violation
+            remains after another was fixed, `finalize` proposes a fix for it anew.
+    """
+
+    def __init__(self, message: str, findings: "tuple[tuple[Violation, Fix], ...]" = ()) -> None:
+        super().__init__(message)
+        self.findings = findings
+
+
+@dataclass(kw_only=True)
+class ModuleParallelismConfig:
+    """The parallel sizes of one module, and its first rank.
+
+    Consecutive ranks differ in tensor, then context, then data, then pipeline coordinate.
+
+    Attributes:
+        tensor_parallel, pipeline_parallel, context_parallel, data_parallel: their product is the module's ranks.
+        expert_parallel: spreads the experts over the module's context- and data-parallel ranks; adds no ranks.
+        rank_offset: the module's first rank in the world.
+    """
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    expert_parallel: int = 1
+    data_parallel: int = 1
+    rank_offset: int = 0
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold one copy of the module."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def total_ranks(self) -> int:
+        """Ranks that the module uses."""
+        return self.ranks_per_replica * self.data_parallel
+
+    @property
+    def ranks(self) -> range:
+        """The ranks themselves."""
+        return range(self.rank_offset, self.rank_offset + self.total_ranks)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The parallel sizes, without the offset, in the order of the fields."""
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "rank_offset")
+
+    def coordinates(self, rank: int) -> dict[str, int] | None:
+        """Tensor, context, data and pipeline index of a rank of the world; None when the module is not on it."""
+        if rank not in self.ranks:
+            return None
+        found, rest = {}, rank - self.rank_offset
+        for axis in ("tensor_parallel", "context_parallel", "data_parallel", "pipeline_parallel"):
+            rest, found[axis] = divmod(rest, getattr(self, axis))
+        return found
+
+
+@dataclass(kw_only=True)
+class MimoParallelismConfig:
+    """The placement of a MIMO model: which module stands on which ranks.
+
+    Attributes:
+        llm_module_name: the key of the language model in `module_parallelisms`; every other module feeds it.
+        module_parallelisms: the modules' own layouts.
+        deployment_mode: `homogeneous` (all modules share one layout and its process groups), `colocated` (own layouts on
+            the same ranks), `heterogeneous` (own ranks); None is told from the layouts by `finalize`.
+    """
+
+    llm_module_name: str
+    module_parallelisms: dict[str, ModuleParallelismConfig]
+    deployment_mode: str | None = None
+
+    @property
+    def mode(self) -> str:
+        """The deployment mode: as set, the known one that is near to it, or the one that the layouts show."""
+        if self.deployment_mode in DEPLOYMENT_MODES:
+            return self.deployment_mode
+        near = difflib.get_close_matches(str(self.deployment_mode).casefold(), DEPLOYMENT_MODES, n=1)
+        if near:
+            return near[0]
+        layouts = list(self.module_parallelisms.values())
+        if any(each.ranks != layouts[0].ranks for each in layouts):
+            return "heterogeneous"
+        return "homogeneous" if all(each == layouts[0] for each in layouts) else "colocated"
+
+    def finalize(self, world_size: int) -> None:
+        """Check the placement against `world_size` ranks, before any process group exists.
+
+        Sets `deployment_mode` when it was None.
+
+        Raises:
+            PlacementError: every violation, each with its module and the smallest change that ends it.
+        """
+        from megatron.bridge.mimo.violations import find_violations, refuse_malformed
+
+        refuse_malformed(self, world_size)
+        if found := find_violations(self, world_size):
+            raise _refusal(self, world_size, found)
+        self.deployment_mode = self.mode
+
+
+def _refusal(config: MimoParallelismConfig, world_size: int, found: "list[Violation]") -> PlacementError:
+    from megatron.bridge.mimo.repairs import smallest_fixes
+
+    findings = tuple(zip(found, smallest_fixes(config, world_size, found), strict=True))
+    modules, ranks = len(config.module_parallelisms), f"{world_size} rank{'s' * (world_size != 1)}"
+    lines = [f"  - {violation.problem}; {fix}" for violation, fix in findings]
+    headline = f"the {config.mode} placement of {modules} module{'s' * (modules != 1)} on {ranks} cannot work"
+    return PlacementError("\n".join([f"{headline}:", *lines]), findings)

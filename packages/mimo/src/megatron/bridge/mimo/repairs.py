@@ -1,0 +1,117 @@
+"""The smallest change that ends a violation, found by trying changes and checking each anew."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron.bridge.mimo.candidates import candidates
+from megatron.bridge.mimo.violations import Violation, find_violations
+
+if TYPE_CHECKING:
+    from megatron.bridge.mimo.parallelism import MimoParallelismConfig
+
+# How unwelcome a change is: data parallelism and offsets are arithmetic, other sizes decide what fits in memory and how
+# fast it runs, and the number of ranks is what the user has.
+_WEIGHTS = {"data_parallel": 1.0, "rank_offset": 1.0, "expert_parallel": 1.0, "deployment_mode": 3.0, "world_size": 4.0}
+_OTHER_SIZE = 2.0
+_PER_DOUBLING = 0.25
+
+
+@dataclass(frozen=True)
+class Change:
+    """`field` becomes `value`: of a module's layout, or of the placement (or the world's size) when `module` is None."""
+
+    module: str | None
+    field: str
+    value: int | str
+
+
+@dataclass(frozen=True)
+class Fix:
+    """Changes that belong together."""
+
+    changes: tuple[Change, ...]
+
+    def apply(self, config: "MimoParallelismConfig", world_size: int) -> "tuple[MimoParallelismConfig, int]":
+        """A changed copy of the placement, and the number of ranks to start."""
+        changed = copy.copy(config)
+        changed.module_parallelisms = {name: copy.copy(each) for name, each in config.module_parallelisms.items()}
+        for change in self.changes:
+            if change.module is not None:
+                setattr(changed.module_parallelisms[change.module], change.field, change.value)
+            elif change.field == "world_size":
+                world_size = int(change.value)
+            else:
+                setattr(changed, change.field, change.value)
+        return changed, world_size
+
+    def __str__(self) -> str:
+        settings: dict[str | None, list[str]] = {}
+        starts = ""
+        for change in self.changes:
+            if change.field == "world_size":
+                starts = f"start {change.value} rank{'s' * (change.value != 1)}"
+            else:
+                settings.setdefault(change.module, []).append(f"{change.field}={change.value!r}")
+        parts = [
+            f"{_listed(values)} for {module!r}" if module is not None else _listed(values)
+            for module, values in settings.items()
+        ]
+        return " and ".join(filter(None, [f"set {_listed(parts)}" if parts else "", starts]))
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def smallest_fixes(config: "MimoParallelismConfig", world_size: int, found: list[Violation]) -> list[Fix]:
+    """For each violation the cheapest change that ends it and starts no other.
+
+    Where every change that ends it starts others, the one that leaves the fewest.
+    """
+    before = {violation.key for violation in found}
+    tried = []
+    for changes in candidates(config, world_size):
+        fix = Fix(tuple(Change(*where, value) for where, value in changes.items()))
+        after = {violation.key for violation in find_violations(*fix.apply(config, world_size))}
+        tried.append((fix, after, _cost(fix, config, world_size, solves_all=not after)))
+    return [_smallest(violation, before, tried) for violation in found]
+
+
+type _Tried = tuple[Fix, set[tuple[str, str | None]], float]
+
+
+def _smallest(violation: Violation, before: set[tuple[str, str | None]], tried: Iterable[_Tried]) -> Fix:
+    ending = [each for each in tried if violation.key not in each[1]]
+    clean = [each for each in ending if each[1] <= before]
+    if clean:
+        return min(clean, key=lambda each: (each[2], len(each[1])))[0]
+    return min(ending, key=lambda each: (len(each[1]), each[2]))[0]
+
+
+def _cost(fix: Fix, config: "MimoParallelismConfig", world_size: int, solves_all: bool) -> float:
+    if solves_all and [change.field for change in fix.changes] == ["world_size"]:
+        return _PER_DOUBLING  # the placement is sound in itself: only the launch does not fit it
+    return math.fsum(_costs(fix, config, world_size))
+
+
+def _costs(fix: Fix, config: "MimoParallelismConfig", world_size: int) -> Iterator[float]:
+    for change in fix.changes:
+        weight = _WEIGHTS.get(change.field, _OTHER_SIZE)
+        if change.field == "deployment_mode":
+            yield weight * (1 if change.value == config.mode else 2)
+        elif change.field == "llm_module_name":
+            yield weight * _distance(config.llm_module_name, str(change.value))
+        else:
+            layout = config.module_parallelisms.get(change.module or "")
+            old = world_size if layout is None else getattr(layout, change.field)
+            sizes = change.field != "rank_offset" and isinstance(old, int) and old > 0
+            yield weight + (_PER_DOUBLING * abs(math.log2(int(change.value) / old)) if sizes else 0.0)
+
+
+def _distance(name: str, other: str) -> float:
+    import difflib
+
+    return 1.0 - difflib.SequenceMatcher(None, str(name).casefold(), other.casefold()).ratio()
