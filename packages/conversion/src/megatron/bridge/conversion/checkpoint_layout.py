@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from megatron.bridge.conversion.hf.staging import sync_folder
 from megatron.bridge.errors import BridgeError, did_you_mean
 
 LATEST_POINTER = "latest_checkpointed_iteration.txt"
@@ -78,15 +79,6 @@ def write_latest_pointer(root: Path, iteration: int) -> None:
         os.fsync(stream.fileno())
     partial.replace(root / LATEST_POINTER)
     sync_folder(root)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a rename inside `folder` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_pointer(root: Path) -> str | None:

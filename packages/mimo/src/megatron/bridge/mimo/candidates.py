@@ -41,15 +41,14 @@ def _names(config: "MimoParallelismConfig") -> "Iterator[Changes]":
     for mode in DEPLOYMENT_MODES:
         yield {(None, "deployment_mode"): mode}
     if config.llm_module_name not in config.module_parallelisms:
-        for name in config.module_parallelisms:
+        for name in reversed(config.module_parallelisms):  # the language model comes last, as a rule
             yield {(None, "llm_module_name"): name}
 
 
 def _single_sizes(config: "MimoParallelismConfig", world_size: int) -> "Iterator[Changes]":
     """One size or offset of one module, alone and with the data parallelism that keeps or fills the ranks."""
     for name, layout in config.module_parallelisms.items():
-        for offset in _offsets(config):
-            yield {(name, "rank_offset"): offset}
+        yield {(name, "rank_offset"): _end_of_those_before(config, name)}
         for size in _SIZES:
             for value in _values(config, world_size):
                 start: Changes = {(name, size): value}
@@ -72,7 +71,7 @@ def _like_another(config: "MimoParallelismConfig") -> "Iterator[Changes]":
 
 
 def _sound(layout: "ModuleParallelismConfig") -> bool:
-    return all(isinstance(each, int) and each > 0 for each in layout.sizes)
+    return set(layout.malformed_fields) <= {"rank_offset"}
 
 
 def _values(config: "MimoParallelismConfig", world_size: int) -> list[int]:
@@ -87,9 +86,11 @@ def _values(config: "MimoParallelismConfig", world_size: int) -> list[int]:
     return sorted(value for value in values if 1 <= value <= world_size)
 
 
-def _offsets(config: "MimoParallelismConfig") -> list[int]:
-    ends = [each.ranks.stop for each in config.module_parallelisms.values() if _sound(each) and _offset(each) >= 0]
-    return sorted({0, *ends})
+def _end_of_those_before(config: "MimoParallelismConfig", name: str) -> int:
+    """The first rank after the modules that stand before this one."""
+    order = sorted(config.module_parallelisms.items(), key=lambda item: _offset(item[1]))
+    before = order[: [each for each, _ in order].index(name)]
+    return max((layout.ranks.stop for _, layout in before if not layout.malformed_fields), default=0)
 
 
 def _offset(layout: "ModuleParallelismConfig") -> int:

@@ -26,6 +26,11 @@ class PlacementError(BridgeError):
         self.findings = findings
 
 
+def is_count(value: object, least: int) -> bool:
+    """Whether `value` is a whole number of at least `least`; `True` is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclass(kw_only=True)
 class ModuleParallelismConfig:
     """The parallel sizes of one module, and its first rank.
@@ -65,6 +70,12 @@ class ModuleParallelismConfig:
         """The parallel sizes, without the offset, in the order of the fields."""
         return tuple(getattr(self, each.name) for each in fields(self) if each.name != "rank_offset")
 
+    @property
+    def malformed_fields(self) -> list[str]:
+        """Fields that are no whole number, or below the least they may be: 1 for sizes, 0 for the offset."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return [name for name, value in values.items() if not is_count(value, 0 if name == "rank_offset" else 1)]
+
     def coordinates(self, rank: int) -> dict[str, int] | None:
         """Tensor, context, data and pipeline index of a rank of the world; None when the module is not on it."""
         if rank not in self.ranks:
@@ -82,8 +93,8 @@ class MimoParallelismConfig:
     Attributes:
         llm_module_name: the key of the language model in `module_parallelisms`; every other module feeds it.
         module_parallelisms: the modules' own layouts.
-        deployment_mode: `homogeneous` (all modules share one layout and its process groups), `colocated` (own layouts on
-            the same ranks), `heterogeneous` (own ranks); None is told from the layouts by `finalize`.
+        deployment_mode: `homogeneous` (all modules share one layout and its process groups), `colocated` (own
+            layouts on the same ranks), `heterogeneous` (own ranks); None is told from the layouts by `finalize`.
     """
 
     llm_module_name: str
@@ -98,7 +109,7 @@ class MimoParallelismConfig:
         near = difflib.get_close_matches(str(self.deployment_mode).casefold(), DEPLOYMENT_MODES, n=1)
         if near:
             return near[0]
-        layouts = list(self.module_parallelisms.values())
+        layouts = [each for each in self.module_parallelisms.values() if not each.malformed_fields]
         if any(each.ranks != layouts[0].ranks for each in layouts):
             return "heterogeneous"
         return "homogeneous" if all(each == layouts[0] for each in layouts) else "colocated"

@@ -1,6 +1,7 @@
 """The smallest change that ends a violation, found by trying changes and checking each anew."""
 
 import copy
+import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 _WEIGHTS = {"data_parallel": 1.0, "rank_offset": 1.0, "expert_parallel": 1.0, "deployment_mode": 3.0, "world_size": 4.0}
 _OTHER_SIZE = 2.0
 _PER_DOUBLING = 0.25
+# Violations that another number of ranks may end.
+_LAUNCH_KINDS = {"ranks", "beyond", "idle"}
+
+type _Key = tuple[str, str | None]
+type _Tried = tuple[Fix, set[_Key], float]
 
 
 @dataclass(frozen=True)
 class Change:
-    """`field` becomes `value`: of a module's layout, or of the placement (or the world's size) when `module` is None."""
+    """`field` becomes `value`: of a module's layout; of the placement, or the world's size, when `module` is None."""
 
     module: str | None
     field: str
@@ -76,14 +82,11 @@ def smallest_fixes(config: "MimoParallelismConfig", world_size: int, found: list
     for changes in candidates(config, world_size):
         fix = Fix(tuple(Change(*where, value) for where, value in changes.items()))
         after = {violation.key for violation in find_violations(*fix.apply(config, world_size))}
-        tried.append((fix, after, _cost(fix, config, world_size, solves_all=not after)))
+        tried.append((fix, after, _cost(fix, config, world_size, after)))
     return [_smallest(violation, before, tried) for violation in found]
 
 
-type _Tried = tuple[Fix, set[tuple[str, str | None]], float]
-
-
-def _smallest(violation: Violation, before: set[tuple[str, str | None]], tried: Iterable[_Tried]) -> Fix:
+def _smallest(violation: Violation, before: set[_Key], tried: Iterable[_Tried]) -> Fix:
     ending = [each for each in tried if violation.key not in each[1]]
     clean = [each for each in ending if each[1] <= before]
     if clean:
@@ -91,9 +94,11 @@ def _smallest(violation: Violation, before: set[tuple[str, str | None]], tried: 
     return min(ending, key=lambda each: (len(each[1]), each[2]))[0]
 
 
-def _cost(fix: Fix, config: "MimoParallelismConfig", world_size: int, solves_all: bool) -> float:
-    if solves_all and [change.field for change in fix.changes] == ["world_size"]:
-        return _PER_DOUBLING  # the placement is sound in itself: only the launch does not fit it
+def _cost(fix: Fix, config: "MimoParallelismConfig", world_size: int, after: set[_Key]) -> float:
+    launch = [change.value for change in fix.changes if change.field == "world_size"]
+    only_launch = len(launch) == len(fix.changes)
+    if only_launch and int(launch[0]) > world_size and not any(kind in _LAUNCH_KINDS for kind, _ in after):
+        return _PER_DOUBLING  # the modules agree on how many ranks they need, and fewer were started
     return math.fsum(_costs(fix, config, world_size))
 
 
@@ -112,6 +117,5 @@ def _costs(fix: Fix, config: "MimoParallelismConfig", world_size: int) -> Iterat
 
 
 def _distance(name: str, other: str) -> float:
-    import difflib
-
-    return 1.0 - difflib.SequenceMatcher(None, str(name).casefold(), other.casefold()).ratio()
+    near = difflib.SequenceMatcher(None, str(name).casefold(), other.casefold()).ratio()
+    return 1.0 - near if near >= 0.6 else 1.0

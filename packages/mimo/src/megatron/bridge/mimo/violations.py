@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from megatron.bridge.errors import did_you_mean
-from megatron.bridge.mimo.parallelism import DEPLOYMENT_MODES, ModuleParallelismConfig, PlacementError
+from megatron.bridge.mimo.parallelism import DEPLOYMENT_MODES, ModuleParallelismConfig, PlacementError, is_count
 
 if TYPE_CHECKING:
     from megatron.bridge.mimo.parallelism import MimoParallelismConfig
@@ -53,7 +52,7 @@ def refuse_malformed(config: "MimoParallelismConfig", world_size: object) -> Non
             for name, layout in modules.items()
             if not isinstance(layout, ModuleParallelismConfig)
         ]
-    if not _is_count(world_size, 1):
+    if not is_count(world_size, 1):
         problems.append(f"world_size={world_size!r} is not a positive number of ranks; pass dist.get_world_size()")
     if problems:
         raise PlacementError("the placement cannot be read:\n" + "\n".join(f"  - {each}" for each in problems))
@@ -65,7 +64,7 @@ def find_violations(config: "MimoParallelismConfig", world_size: int) -> list[Vi
     A module whose sizes are not numbers takes part in no further check, and a misspelt mode or language module is taken
     for the nearest known one, so that the rest is found too.
     """
-    layouts = {name: each for name, each in config.module_parallelisms.items() if not _bad_fields(each)}
+    layouts = {name: each for name, each in config.module_parallelisms.items() if not each.malformed_fields}
     found = [*_names(config), *_sizes(config.module_parallelisms), *_experts(layouts)]
     if config.mode == "homogeneous":
         found += _homogeneous(layouts, config.llm_module_name, world_size)
@@ -78,21 +77,11 @@ def find_violations(config: "MimoParallelismConfig", world_size: int) -> list[Vi
     return found
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _bad_fields(layout: ModuleParallelismConfig) -> list[str]:
-    names = [each.name for each in fields(layout)]
-    return [name for name in names if not _is_count(getattr(layout, name), 0 if name == "rank_offset" else 1)]
-
-
 def _names(config: "MimoParallelismConfig") -> Iterator[Violation]:
     mode, llm, modules = config.deployment_mode, config.llm_module_name, config.module_parallelisms
     if mode is not None and mode not in DEPLOYMENT_MODES:
         known = ", ".join(map(repr, DEPLOYMENT_MODES))
-        near = did_you_mean(str(mode), DEPLOYMENT_MODES).removesuffix("?")
-        yield Violation("mode", None, f"deployment_mode={mode!r} is not one of {known}{near}")
+        yield Violation("mode", None, f"deployment_mode={mode!r} is not one of {known}")
     if llm not in modules:
         known = ", ".join(map(repr, modules))
         yield Violation("llm", None, f"llm_module_name={llm!r} is not one of the modules, which are {known}")
@@ -100,7 +89,7 @@ def _names(config: "MimoParallelismConfig") -> Iterator[Violation]:
 
 def _sizes(modules: "Layouts") -> Iterator[Violation]:
     for name, layout in modules.items():
-        for field in _bad_fields(layout):
+        for field in layout.malformed_fields:
             least = "0 or more" if field == "rank_offset" else "1 or more"
             value = getattr(layout, field)
             yield Violation(f"size of {field}", name, f"{name!r}: {field}={value!r} must be a whole number, {least}")
@@ -157,7 +146,7 @@ def _from_rank_0(layouts: "Layouts", mode: str) -> Iterator[Violation]:
 def _whole_world(layouts: "Layouts", world_size: int) -> Iterator[Violation]:
     for name, each in layouts.items():
         if each.total_ranks != world_size:
-            yield Violation("ranks", name, f"{name!r} has {_product(each)} ranks, and {world_size} are running")
+            yield Violation("ranks", name, f"{name!r} has {_product(each)}, and {_running(world_size)}")
 
 
 def _product(layout: ModuleParallelismConfig) -> str:
@@ -166,7 +155,12 @@ def _product(layout: ModuleParallelismConfig) -> str:
         for axis in ("tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel")
         if getattr(layout, axis) > 1
     ]
-    return f"{layout.total_ranks} ({' x '.join(sizes)})" if len(sizes) > 1 else str(layout.total_ranks)
+    ranks = f"{layout.total_ranks} rank{'s' * (layout.total_ranks != 1)}"
+    return f"{ranks} ({' x '.join(sizes)})" if len(sizes) > 1 else ranks
+
+
+def _running(world_size: int) -> str:
+    return "1 is running" if world_size == 1 else f"{world_size} are running"
 
 
 def _heterogeneous(layouts: "Layouts", world_size: int, complete: bool) -> Iterator[Violation]:
@@ -184,13 +178,13 @@ def _heterogeneous(layouts: "Layouts", world_size: int, complete: bool) -> Itera
             )
             yield Violation("gap", name, problem)
         if own.stop > world_size:
-            problem = f"{name!r} stands on {_span(own)} ({_product(each)} in all), and only {world_size} are running"
+            problem = f"{name!r} has {_product(each)}, up to rank {own.stop - 1}, and {_running(world_size)}"
             yield Violation("beyond", name, problem)
         if own.stop > end:
             end, holder = own.stop, name
     if end < world_size and complete:
         idle = _span(range(end, world_size))
-        yield Violation("idle", holder, f"{holder!r} is the last module, and {idle} after it stay without one")
+        yield Violation("idle", holder, f"{holder!r} is the last module, and leaves {idle} without one")
 
 
 def _span(ranks: range) -> str:
@@ -211,6 +205,6 @@ def _communicators(layouts: "Layouts", llm: str, mode: str) -> Iterator[Violatio
             yield Violation(
                 "fan",
                 name,
-                f"{name!r}: data_parallel={each.data_parallel} and {llm!r}: data_parallel={receiving}, of which one must "
-                "divide the other to pass samples from replica to replica",
+                f"{name!r}: data_parallel={each.data_parallel} and {llm!r}: data_parallel={receiving}; one must divide "
+                "the other, so that whole samples pass from replica to replica",
             )
