@@ -70,7 +70,8 @@ def test_every_package_is_a_wheel(wheels: dict[str, Path]) -> None:
 
 
 def test_no_two_wheels_ship_the_same_file(wheels: dict[str, Path]) -> None:
-    shipped = Counter(name for file in wheels.values() for name in zipfile.ZipFile(file).namelist())
+    names = [name for file in wheels.values() for name in zipfile.ZipFile(file).namelist() if not name.endswith("/")]
+    shipped = Counter(names)
     assert {name for name, count in shipped.items() if count > 1} == set()
     assert "megatron/__init__.py" not in shipped, "it would hide megatron.core"
 

@@ -240,3 +240,29 @@ def test_a_changed_model_exports_with_the_configuration_that_describes_it(folder
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert (model.config.num_hidden_layers, model.config.vocab_size) == (2, 200)
     assert relative_difference(model(TOKENS).logits.detach(), logits) < 1e-5
+
+
+@pytest.mark.parametrize(("layout", "share"), [("tp2", 1 / 2), ("pp2", 1 / 2), ("tp2pp2", 1 / 4)])
+def test_every_rank_reads_only_the_bytes_it_owns(folders, layout, share):
+    folder, weights, _ = folders["llama"]
+    total = sum(tensor.nbytes for tensor in weights.values())
+    # Norms are held by every tensor-parallel rank, and the stages hold embedding and head besides their layers.
+    slack = 0.05 * total
+
+    def bytes_read():
+        from megatron.bridge.conversion.hf import HFWeights
+
+        read, original = [], HFWeights.read
+
+        def counting(self, name, slices=None):
+            tensor = original(self, name, slices)
+            read.append(tensor.nbytes)
+            return tensor
+
+        HFWeights.read = counting
+        AutoBridge.from_hf_pretrained(folder).to_megatron_model(make_vocab_size_divisible_by=1, **LAYOUTS[layout])
+        return sum(read)
+
+    sizes = LAYOUTS[layout]
+    for count in run_ranks(sizes.get(TP, 1) * sizes.get(PP, 1), bytes_read):
+        assert abs(count - share * total) < slack

@@ -24,9 +24,9 @@ from megatron.bridge.conversion.checkpoint_layout import (
     latest_iteration,
     resolve,
     saved_iterations,
-    sync_folder,
     write_latest_pointer,
 )
+from megatron.bridge.conversion.hf.staging import sync_folder
 from megatron.bridge.conversion.rank_agreement import gather, on_every_rank, on_rank_zero, reason
 
 if TYPE_CHECKING:

@@ -65,7 +65,9 @@ def _like_another(config: "MimoParallelismConfig") -> "Iterator[Changes]":
     modules = config.module_parallelisms
     for model, layout in modules.items():
         if _sound(layout):
-            copies = [{(name, size): getattr(layout, size) for size in _SIZES} for name in modules if name != model]
+            copies: list[Changes] = [
+                {(name, size): getattr(layout, size) for size in _SIZES} for name in modules if name != model
+            ]
             yield from copies
             yield {where: value for each in copies for where, value in each.items()}
 
@@ -136,7 +138,8 @@ def _side_by_side(
     stacked = _stacked(layouts)
     yield start | stacked
     yield start | stacked | {(None, "world_size"): total}
-    yield start | {(None, "world_size"): max(each.ranks.stop for each in layouts.values())}
+    if not any(each.malformed_fields for each in layouts.values()):
+        yield start | {(None, "world_size"): max(each.ranks.stop for each in layouts.values())}
     for name, each in layouts.items():
         left = world_size - total + each.total_ranks
         if left > 0 and left % each.ranks_per_replica == 0:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # How unwelcome a change is: data parallelism and offsets are arithmetic, other sizes decide what fits in memory and how
 # fast it runs, and the number of ranks is what the user has.
 _WEIGHTS = {"data_parallel": 1.0, "rank_offset": 1.0, "expert_parallel": 1.0, "deployment_mode": 3.0, "world_size": 4.0}
-_OTHER_SIZE = 2.0
+_OTHER_SIZE = 3.0
 _PER_DOUBLING = 0.25
 # Violations that another number of ranks may end.
 _LAUNCH_KINDS = {"ranks", "beyond", "idle"}
