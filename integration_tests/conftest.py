@@ -1,5 +1,6 @@
 """What the integration tests share: a warm process to fork from, and the command line in a forked child."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +14,25 @@ from megatron.bridge.testing import import_engine
 # The modules beside the tests: pytest's import mode puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from forked import Outcome, in_child  # noqa: E402
+from forked import Outcome, in_child
+
+# What the children would otherwise import one by one.
+WARM = (
+    "megatron.bridge.conversion.verify",
+    "megatron.bridge.training.pretrain",
+    "megatron.bridge.training.setup",
+    "megatron.bridge.training.train",
+    "transformers.models.cwm.modeling_cwm",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm() -> None:
     """Import once what every child needs; a fork of this process starts in milliseconds."""
     import_engine()
-    import transformers.models.llama.modeling_llama
-    import transformers.models.cwm.modeling_cwm
-
-    import megatron.bridge.conversion.verify
-    import megatron.bridge.training.pretrain
-    import megatron.bridge.training.setup
-    import megatron.bridge.training.train  # noqa: F401
-
+    for module in WARM:
+        importlib.import_module(module)
     # Forked ranks must not inherit a pool of OpenMP threads.
     torch.set_num_threads(1)
 

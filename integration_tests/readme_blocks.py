@@ -7,7 +7,9 @@ from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
 
-_BLOCK = re.compile(r"(?:^<!-- (?P<note>.*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<note>.*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 _FILE = re.compile(r"# ([\w./-]+\.(?:py|toml|yaml))\n")
 
 

@@ -113,14 +113,25 @@ def test_tensor_without_a_rule(cli: Cli, folder: Path) -> None:
 def test_rule_without_a_tensor(cli: Cli, folder: Path) -> None:
     edit_weights(folder / "hf", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     refuses_import(
-        cli, folder, "hf", "the checkpoint lacks", "model.layers.1.mlp.up_proj.weight", "decoder.layers.1.mlp.linear_fc1"
+        cli,
+        folder,
+        "hf",
+        "the checkpoint lacks",
+        "model.layers.1.mlp.up_proj.weight",
+        "decoder.layers.1.mlp.linear_fc1",
     )
 
 
 def test_shape_mismatch(cli: Cli, folder: Path) -> None:
     edit_json(folder / "hf/config.json", intermediate_size=96)
     refuses_import(
-        cli, folder, "hf", "shapes that disagree", "configuration", "model.layers.0.mlp.gate_proj.weight [128, 64]", "[96, 64]"
+        cli,
+        folder,
+        "hf",
+        "shapes that disagree",
+        "configuration",
+        "model.layers.0.mlp.gate_proj.weight [128, 64]",
+        "[96, 64]",
     )
 
 
@@ -181,7 +192,9 @@ def test_corrupt_jsonl_line(cli: Cli, folder: Path) -> None:
 
 def test_not_enough_text(cli: Cli, folder: Path) -> None:
     (folder / "short.txt").write_text("too short")
-    assert cli("data", "preprocess", "short.txt", "--tokenizer", "hf", "--output", "data/short", folder=folder).code == 0
+    assert (
+        cli("data", "preprocess", "short.txt", "--tokenizer", "hf", "--output", "data/short", folder=folder).code == 0
+    )
     values = ("dataset.mock=false", "dataset.data_paths=[data/short]", "model.vocab_size=512", "checkpoint.save=run")
     tokenizer = ("tokenizer.tokenizer_model=hf", "tokenizer.vocab_size=null")
     ended = cli("train", "--recipe", "llama32_1b_pretrain_config", *values, *tokenizer, folder=folder)

@@ -1,12 +1,11 @@
-"""The packages' READMEs: their Python runs from top to bottom, and their command lines parse."""
+"""The packages' READMEs: each block of Python runs, and their command lines parse."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
 from forked import in_child
-from readme_blocks import blocks
+from readme_blocks import Block, blocks
 from small_models import REPOSITORY, save_small_llama, save_small_tokenizer
 
 from megatron.bridge.cli.root import COMMANDS
@@ -23,22 +22,22 @@ COMMAND_LINES = [
 ]
 
 
-def _run(file: Path) -> int:
-    names: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks(file.read_text("utf-8")):
-        if block.language == "python":
-            # Line numbers of a failure are those of the README.
-            exec(compile("\n" * (block.line - 1) + block.body, str(file), "exec"), names)
+def _run(file: Path, block: Block) -> int:
+    # Line numbers of a failure are those of the README.
+    exec(compile("\n" * (block.line - 1) + block.body, str(file), "exec"), {"__name__": "__main__"})
     return 0
 
 
 @pytest.mark.parametrize("file", WITH_PYTHON, ids=lambda file: file.parent.name)
 def test_its_python_runs(file: Path, tmp_path: Path) -> None:
+    """Each block in a process of its own, all in one folder."""
     folder = tmp_path / "reader"
     save_small_tokenizer(folder / "meta-llama/Llama-3.2-1B")
     save_small_llama(folder / "meta-llama/Llama-3.2-1B")
-    ended = in_child(lambda: _run(file), folder, tmp_path / "outputs")
-    assert ended.code == 0, ended.err
+    for block in blocks(file.read_text("utf-8")):
+        if block.language == "python":
+            ended = in_child(lambda block=block: _run(file, block), folder, tmp_path / "outputs")
+            assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)

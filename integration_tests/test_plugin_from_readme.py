@@ -1,4 +1,4 @@
-"""The plugin that the README shows: built as a wheel from its text alone, put on the path, and found without any import."""
+"""The plugin that the README shows: built as a wheel from its text alone, and found without any import."""
 
 import importlib.util
 import json
@@ -41,7 +41,10 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     wheels, site = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
     # uv builds its own backend's packages itself: nothing is downloaded.
     built = subprocess.run(
-        [uv, "build", "--offline", "--wheel", "-o", str(wheels), str(source)], capture_output=True, text=True, check=False
+        [uv, "build", "--offline", "--wheel", "-o", str(wheels), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert built.returncode == 0, built.stderr
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:

@@ -97,7 +97,13 @@ class Reader:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(
-            ["bash", "-c", line], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+            ["bash", "-c", line],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
         )
         return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
@@ -152,7 +158,8 @@ def test_links_lead_somewhere() -> None:
     text = README.read_text("utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (REPOSITORY / target).exists(), target
-    headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)", text, re.M)}
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in headings, anchor
 

@@ -1,4 +1,4 @@
-"""The wheels: disjoint, typed, described; and two of them in a clean environment, where conversion works and no more."""
+"""The wheels: disjoint, typed, described; two of them alone in a clean environment, where conversion works."""
 
 import email
 import os

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Certificate:
     model: str
     architecture: str
     layout: Mapping[str, int]
-    layer_spec: str
+    layer_spec: str | None
     dtype: str
     weights_compared: int
     weights_differing: tuple[str, ...]
@@ -129,7 +130,7 @@ def verify(
         model=str(folder),
         architecture=bridge.hf_config.architectures[0],
         layout=dict(layout),
-        layer_spec=layer_spec or "default",
+        layer_spec=getattr(as_chunks(model)[0], "layer_spec", None),
         dtype=name,
         weights_compared=compared,
         weights_differing=tuple(differing),

@@ -15,6 +15,7 @@ Tested with Megatron-Core 0.19; what is replaced:
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -251,6 +252,8 @@ def _redirect_random_state() -> None:
         function()
 
     _replace(torch.cuda, "_lazy_call", call_now)
+    # It remarks that the CPU's state changed inside a block for the GPU's: here they are one and the same.
+    _replace(logging.getLogger("megatron.core.tensor_parallel.random"), "disabled", True)
     # This module binds the name when it is imported, which may be before or after now.
     megatron_random = sys.modules.get("megatron.core.tensor_parallel.random")
     if megatron_random is not None:

@@ -14,11 +14,10 @@ _MODULES = (
     "transformers.models.auto.modeling_auto",
 )
 # Loggers that remark on what cannot be changed from here: a model class that will have a successor, a layout that is
-# computed a moment later, random state that is one and the same on a CPU.
+# computed a moment later.
 _REMARKS = (
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_model",
-    "megatron.core.tensor_parallel.random",
     "torch.utils.cpp_extension",
 )
 

@@ -7,14 +7,12 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron.bridge.mimo.parallelism import DEPLOYMENT_MODES
+from megatron.bridge.mimo.parallelism import DEPLOYMENT_MODES, SIZES
 
 if TYPE_CHECKING:
     from megatron.bridge.mimo.parallelism import MimoParallelismConfig, ModuleParallelismConfig
 
     type Changes = dict[tuple[str | None, str], int | str]
-
-_SIZES = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "data_parallel")
 
 
 def candidates(config: "MimoParallelismConfig", world_size: int) -> "Iterator[Changes]":
@@ -49,8 +47,8 @@ def _single_sizes(config: "MimoParallelismConfig", world_size: int) -> "Iterator
     """One size or offset of one module, alone and with the data parallelism that keeps or fills the ranks."""
     for name, layout in config.module_parallelisms.items():
         yield {(name, "rank_offset"): _end_of_those_before(config, name)}
-        for size in _SIZES:
-            for value in _values(config, world_size):
+        for size in SIZES:
+            for value in _values(config, world_size) if size == "data_parallel" else _customary(config, world_size):
                 start: Changes = {(name, size): value}
                 yield start
                 if size not in ("data_parallel", "expert_parallel"):
@@ -66,7 +64,7 @@ def _like_another(config: "MimoParallelismConfig") -> "Iterator[Changes]":
     for model, layout in modules.items():
         if _sound(layout):
             copies: list[Changes] = [
-                {(name, size): getattr(layout, size) for size in _SIZES} for name in modules if name != model
+                {(name, size): getattr(layout, size) for size in SIZES} for name in modules if name != model
             ]
             yield from copies
             yield {where: value for each in copies for where, value in each.items()}
@@ -77,7 +75,9 @@ def _sound(layout: "ModuleParallelismConfig") -> bool:
 
 
 def _values(config: "MimoParallelismConfig", world_size: int) -> list[int]:
-    """Sizes worth trying: small ones, the world's divisors, and what the placement has or leaves over."""
+    """Numbers of replicas worth trying: small ones, the world's divisors, and what the placement has or
+    leaves over.
+    """
     sound = [each for each in config.module_parallelisms.values() if _sound(each)]
     values = {value for each in sound for value in (*each.sizes, each.total_ranks)}
     values |= set(range(1, min(world_size, 16) + 1))
@@ -86,6 +86,12 @@ def _values(config: "MimoParallelismConfig", world_size: int) -> list[int]:
     left = world_size - sum(each.total_ranks for each in sound)
     values |= {(left + each.total_ranks) // each.ranks_per_replica for each in sound}
     return sorted(value for value in values if 1 <= value <= world_size)
+
+
+def _customary(config: "MimoParallelismConfig", world_size: int) -> list[int]:
+    """Sizes that models can be split by: powers of two, and what the placement has already."""
+    sizes = {size for each in config.module_parallelisms.values() if _sound(each) for size in each.sizes}
+    return sorted(size for size in sizes | {1, 2, 4, 8, 16} if size <= world_size)
 
 
 def _end_of_those_before(config: "MimoParallelismConfig", name: str) -> int:
@@ -123,7 +129,7 @@ def _completed(start: "Changes", config: "MimoParallelismConfig", world_size: in
     yield together
     if mode == "homogeneous":
         for model in layouts.values():
-            shared = {(name, size): getattr(model, size) for name in layouts for size in _SIZES}
+            shared = {(name, size): getattr(model, size) for name in layouts for size in SIZES}
             yield start | shared
             yield together | shared | {(None, "world_size"): model.total_ranks}
     for total in {each.total_ranks for each in layouts.values()}:
@@ -162,7 +168,7 @@ def _last_resort(config: "MimoParallelismConfig", world_size: int) -> "Changes":
     modules, mode = config.module_parallelisms, config.mode
     llm = config.llm_module_name if config.llm_module_name in modules else next(reversed(modules))
     changes: Changes = {(None, "deployment_mode"): mode, (None, "llm_module_name"): llm}
-    changes |= {(name, size): 1 for name in modules for size in _SIZES}
+    changes |= {(name, size): 1 for name in modules for size in SIZES}
     if mode != "heterogeneous":
         return (
             changes

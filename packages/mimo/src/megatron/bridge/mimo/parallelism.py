@@ -1,7 +1,7 @@
 """Where each module of a MIMO model lives: its own parallel sizes, and the ranks that they stand on."""
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.bridge.errors import BridgeError
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from megatron.bridge.mimo.repairs import Fix
     from megatron.bridge.mimo.violations import Violation
 
+SIZES = ("tensor_parallel", "pipeline_parallel", "context_parallel", "expert_parallel", "data_parallel")
 DEPLOYMENT_MODES = ("homogeneous", "colocated", "heterogeneous")
 
 
@@ -17,13 +18,19 @@ class PlacementError(BridgeError):
     """A placement cannot work.
 
     Attributes:
-        findings: each violation with the smallest change that ends it. Every fix stands for itself: where one violation
-            remains after another was fixed, `finalize` proposes a fix for it anew.
+        findings: each violation with the smallest change that ends it, once those before it are made.
+        repair: all of these changes together, after which the placement works; None when it cannot be read at all.
     """
 
-    def __init__(self, message: str, findings: "tuple[tuple[Violation, Fix], ...]" = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        findings: "tuple[tuple[Violation, Fix], ...]" = (),
+        repair: "Fix | None" = None,
+    ) -> None:
         super().__init__(message)
         self.findings = findings
+        self.repair = repair
 
 
 def is_count(value: object, least: int) -> bool:
@@ -67,14 +74,14 @@ class ModuleParallelismConfig:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The parallel sizes, without the offset, in the order of the fields."""
-        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "rank_offset")
+        """The parallel sizes, without the offset, in the order of `SIZES`."""
+        return tuple(getattr(self, name) for name in SIZES)
 
     @property
     def malformed_fields(self) -> list[str]:
         """Fields that are no whole number, or below the least they may be: 1 for sizes, 0 for the offset."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return [name for name, value in values.items() if not is_count(value, 0 if name == "rank_offset" else 1)]
+        found = [name for name in SIZES if not is_count(getattr(self, name), 1)]
+        return found if is_count(self.rank_offset, 0) else [*found, "rank_offset"]
 
     def coordinates(self, rank: int) -> dict[str, int] | None:
         """Tensor, context, data and pipeline index of a rank of the world; None when the module is not on it."""
@@ -131,10 +138,14 @@ class MimoParallelismConfig:
 
 
 def _refusal(config: MimoParallelismConfig, world_size: int, found: "list[Violation]") -> PlacementError:
-    from megatron.bridge.mimo.repairs import smallest_fixes
+    from megatron.bridge.mimo.repairs import Fix, smallest_fixes
 
-    findings = tuple(zip(found, smallest_fixes(config, world_size, found), strict=True))
+    fixes = smallest_fixes(config, world_size, found)
     modules, ranks = len(config.module_parallelisms), f"{world_size} rank{'s' * (world_size != 1)}"
-    lines = [f"  - {violation.problem}; {fix}" for violation, fix in findings]
-    headline = f"the {config.mode} placement of {modules} module{'s' * (modules != 1)} on {ranks} cannot work"
-    return PlacementError("\n".join([f"{headline}:", *lines]), findings)
+    headline = f"the {config.mode} placement of {modules} module{'s' * (modules != 1)} on {ranks} cannot work:"
+    lines = [f"  - {violation.problem}; {fix}" for violation, fix in zip(found, fixes, strict=True)]
+    steps = list(dict.fromkeys(fixes))
+    repair = Fix.together(steps)
+    if len(steps) > 1:
+        lines.append(f"in all: {repair}")
+    return PlacementError("\n".join([headline, *lines]), tuple(zip(found, fixes, strict=True)), repair)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 _WEIGHTS = {"data_parallel": 1.0, "rank_offset": 1.0, "expert_parallel": 1.0, "deployment_mode": 3.0, "world_size": 4.0}
 _OTHER_SIZE = 3.0
 _PER_DOUBLING = 0.25
+_ELSEWHERE = 1.0  # a change to a module that is not at fault
 # Violations that another number of ranks may end.
 _LAUNCH_KINDS = {"ranks", "beyond", "idle"}
 
 type _Key = tuple[str, str | None]
-type _Tried = tuple[Fix, set[_Key], float]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Fix:
     """Changes that belong together."""
 
     changes: tuple[Change, ...]
+
+    @classmethod
+    def together(cls, fixes: "Iterable[Fix]") -> "Fix":
+        """All changes of `fixes`, later ones in place of earlier ones."""
+        last = {(change.module, change.field): change for fix in fixes for change in fix.changes}
+        return cls(tuple(last.values()))
 
     def apply(self, config: "MimoParallelismConfig", world_size: int) -> "tuple[MimoParallelismConfig, int]":
         """A changed copy of the placement, and the number of ranks to start."""
@@ -73,33 +79,41 @@ def _listed(parts: list[str]) -> str:
 
 
 def smallest_fixes(config: "MimoParallelismConfig", world_size: int, found: list[Violation]) -> list[Fix]:
-    """For each violation the cheapest change that ends it and starts no other.
+    """For each violation the cheapest change that ends it and starts no other, given the changes before it.
 
-    Where every change that ends it starts others, the one that leaves the fewest.
+    A violation that an earlier change ends gets that change.
     """
-    before = {violation.key for violation in found}
+    ended: dict[_Key, Fix] = {}
+    keys = {violation.key for violation in found}
+    for violation in found:
+        if violation.key in keys:
+            fix, left = _smallest_fix(config, world_size, violation, keys)
+            config, world_size = fix.apply(config, world_size)
+            ended |= dict.fromkeys(keys - left, fix)
+            keys = left
+    return [ended[violation.key] for violation in found]
+
+
+def _smallest_fix(
+    config: "MimoParallelismConfig", world_size: int, violation: Violation, before: set[_Key]
+) -> tuple[Fix, set[_Key]]:
+    """The cheapest change that ends `violation` and starts none, and the violations that it leaves."""
     tried = []
     for changes in candidates(config, world_size):
         fix = Fix(tuple(Change(*where, value) for where, value in changes.items()))
-        after = {violation.key for violation in find_violations(*fix.apply(config, world_size))}
-        tried.append((fix, after, _cost(fix, config, world_size, after)))
-    return [_smallest(violation, before, tried) for violation in found]
+        after = {each.key for each in find_violations(*fix.apply(config, world_size))}
+        if violation.key not in after and after <= before:
+            tried.append((_cost(fix, config, world_size, after, violation.module), len(after), len(tried), fix, after))
+    return min(tried)[3:]  # never empty: the last candidate leaves none
 
 
-def _smallest(violation: Violation, before: set[_Key], tried: Iterable[_Tried]) -> Fix:
-    ending = [each for each in tried if violation.key not in each[1]]
-    clean = [each for each in ending if each[1] <= before]
-    if clean:
-        return min(clean, key=lambda each: (each[2], len(each[1])))[0]
-    return min(ending, key=lambda each: (len(each[1]), each[2]))[0]
-
-
-def _cost(fix: Fix, config: "MimoParallelismConfig", world_size: int, after: set[_Key]) -> float:
+def _cost(fix: Fix, config: "MimoParallelismConfig", world_size: int, after: set[_Key], at_fault: str | None) -> float:
     launch = [change.value for change in fix.changes if change.field == "world_size"]
     only_launch = len(launch) == len(fix.changes)
     if only_launch and int(launch[0]) > world_size and not any(kind in _LAUNCH_KINDS for kind, _ in after):
         return _PER_DOUBLING  # the modules agree on how many ranks they need, and fewer were started
-    return math.fsum(_costs(fix, config, world_size))
+    elsewhere = sum(change.module not in (None, at_fault) for change in fix.changes)
+    return elsewhere * _ELSEWHERE + math.fsum(_costs(fix, config, world_size))
 
 
 def _costs(fix: Fix, config: "MimoParallelismConfig", world_size: int) -> Iterator[float]:

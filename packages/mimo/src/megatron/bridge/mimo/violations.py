@@ -1,10 +1,10 @@
 """What is wrong with a placement: every violation, found from the sizes alone."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron.bridge.mimo.parallelism import DEPLOYMENT_MODES, ModuleParallelismConfig, PlacementError, is_count
+from megatron.bridge.mimo.parallelism import DEPLOYMENT_MODES, SIZES, ModuleParallelismConfig, PlacementError, is_count
 
 if TYPE_CHECKING:
     from megatron.bridge.mimo.parallelism import MimoParallelismConfig
@@ -114,9 +114,9 @@ def _homogeneous(layouts: "Layouts", llm: str, world_size: int) -> Iterator[Viol
         return
     for name, each in layouts.items():
         unlike = [
-            f"{field.name}={getattr(each, field.name)} (there: {getattr(layouts[leader], field.name)})"
-            for field in fields(each)
-            if field.name != "rank_offset" and getattr(each, field.name) != getattr(layouts[leader], field.name)
+            f"{size}={getattr(each, size)} (there: {getattr(layouts[leader], size)})"
+            for size in SIZES
+            if getattr(each, size) != getattr(layouts[leader], size)
         ]
         if unlike:
             problem = f"{name!r} shares process groups with {leader!r} and must have its sizes, not {', '.join(unlike)}"

@@ -6,13 +6,14 @@ from torch import Tensor
 
 
 class BridgeGPTModel(GPTModel):
-    """`GPTModel` whose `unpadded_vocab_size` says how many of its output rows are real.
+    """`GPTModel` that knows its layer spec's name, and by `unpadded_vocab_size` how many of its output rows are real.
 
     Megatron pads the vocabulary to suit tensor parallelism. Logits of padded rows would add to every softmax, so that
     the same weights would have another loss at another layout; here they are masked.
     """
 
     unpadded_vocab_size: int | None = None
+    layer_spec: str | None = None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy per token.

@@ -109,7 +109,8 @@ class GPTModelProvider(ModelProvider, TransformerConfig):
         from megatron.bridge.models.rotary import apply_rope_parameters
 
         config = self.transformer_config()
-        spec = LAYER_SPECS[self.layer_spec or default_layer_spec()](config, vp_stage=vp_stage)
+        layer_spec = self.layer_spec or default_layer_spec()
+        spec = LAYER_SPECS[layer_spec](config, vp_stage=vp_stage)
         spec = with_biases(spec, config, self.add_attention_output_bias, self.add_mlp_bias)
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -132,6 +133,7 @@ class GPTModelProvider(ModelProvider, TransformerConfig):
             vp_stage=vp_stage,
         )
         model.unpadded_vocab_size = self.vocab_size
+        model.layer_spec = layer_spec
         if self.rope_parameters is not None:
             apply_rope_parameters(model, self.rope_parameters, self.max_position_embeddings or self.seq_length)
         return model
