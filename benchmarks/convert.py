@@ -1,8 +1,9 @@
 """Conversion beside plain safetensors: `uv run benchmarks/convert.py [--size 1b] [--repeat 3]`.
 
-A random bf16 Llama is loaded into a Megatron model and saved again, in one CPU process. The alternative, in the same run
-and on the same files, only moves bytes: `safetensors.torch.load_file` into tensors that exist (what any loading into a model
-must do), and `safetensors.torch.save_file` with its bytes synced to disk. The order alternates; medians are printed.
+A random bf16 Llama is loaded into a Megatron model and saved again, in one CPU process. The alternative, in the same
+run and on the same files, only moves bytes: `safetensors.torch.load_file` into tensors that exist (what any loading
+into a model must do), and `safetensors.torch.save_file` with its bytes synced to disk. The order alternates; medians
+are printed.
 """
 
 import argparse
@@ -26,8 +27,9 @@ SIZES = {"1b": (2048, 16, 32, 8, 8192, 128256), "small": (512, 4, 8, 2, 2048, 81
 def make_folder(folder: Path, size: str) -> None:
     """A random Llama of the size, written shard by shard."""
     import torch
-    from megatron.bridge.conversion.hf import HFFolderWriter, write_config
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron.bridge.conversion.hf import HFFolderWriter, write_config
 
     hidden, layers, heads, groups, ffn, vocab = SIZES[size]
     config = LlamaConfig(
@@ -144,7 +146,8 @@ def main() -> None:
 
 def report(size: int, runs: dict[str, list[dict[str, float]]]) -> None:
     median = {
-        kind: {key: statistics.median(run[key] for run in results) for key in results[0]} for kind, results in runs.items()
+        kind: {key: statistics.median(run[key] for run in results) for key in results[0]}
+        for kind, results in runs.items()
     }
     print(f"model: {size / 1e9:.2f} GB bf16; medians of {len(runs['ours'])} runs, one CPU process each")
     print(f"{'':8}{'load s':>9}{'save s':>9}{'peak GB':>9}")

@@ -21,6 +21,7 @@ from megatron.bridge.testing import run_ranks
 
 BLOCKS = blocks(README.read_text("utf-8"))
 NOT_RUN = "not run: "
+RUN = [block for block in BLOCKS if block.language != "text" and not block.note.startswith(NOT_RUN)]
 
 # What takes long is made short; nothing else is changed.
 MORE_OPTIONS = {"megatron-bridge quickstart": "--steps 4 --seq-length 32 --batch 4"}
@@ -129,7 +130,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return Reader(tmp_path_factory.mktemp("reader"), tmp_path_factory.mktemp("outputs"))
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@pytest.mark.parametrize("block", RUN, ids=lambda block: block.name)
 def test_block(reader: Reader, block: Block) -> None:
     reader.read_to(block)
 
@@ -151,7 +152,7 @@ def test_every_kind_of_block_is_known_and_every_omission_says_why() -> None:
     for block in BLOCKS:
         assert block.note == "" or block.ranks > 1 or re.fullmatch(rf"{NOT_RUN}\w.{{10,}}", block.note), block
     assert all(block.file for block in BLOCKS if block.language in ("yaml", "toml"))
-    assert sum(not block.note.startswith(NOT_RUN) for block in BLOCKS) >= 20
+    assert len(RUN) >= 20
 
 
 def test_links_lead_somewhere() -> None:

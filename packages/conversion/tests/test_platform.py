@@ -208,3 +208,11 @@ def test_code_that_runs_inside_backward_is_inside_the_layer_too():
         y = torch.zeros(1, requires_grad=True)
         (gradient,) = torch.autograd.grad(Recompute.apply(y), y)
         assert gradient.item() == 2.0
+
+
+def test_a_rank_does_not_fork_ranks():
+    def fork_again():
+        run_ranks(2, os.getpid)
+
+    with pytest.raises(RankFailed, match="this process is a rank already"):
+        run_ranks(1, fork_again)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron.bridge.data.indexed import open_corpus
-from megatron.bridge.data.preprocess import Progress, preprocess_corpus
+from megatron.bridge.data.preprocess import preprocess_corpus
+from megatron.bridge.data.preprocess.progress import Progress
 from megatron.bridge.data.preprocess.sources import read_batches
 from megatron.bridge.data.sidecar import read_sidecar
 from megatron.bridge.data.standard_library import python_stdlib_files, python_stdlib_texts

@@ -56,6 +56,10 @@ CONFIGS = {
     "llama-rope-linear": LlamaConfig(**SIZES, **rope("linear")),
     "llama-rope-yarn": LlamaConfig(**SIZES, **rope("yarn", original_max_position_embeddings=16)),
     "llama-rope-dynamic": LlamaConfig(**{**SIZES, "max_position_embeddings": 8}, **rope("dynamic")),
+    "llama-rope-longrope": LlamaConfig(
+        **SIZES,
+        **rope("longrope", original_max_position_embeddings=16, short_factor=[1.1] * 8, long_factor=[1.0, 2.0] * 4),
+    ),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral-window": MistralConfig(**SIZES, sliding_window=5),
     "qwen2": Qwen2Config(**SIZES),

@@ -121,7 +121,7 @@ def test_a_configuration_written_and_read_is_the_same(make_run: Callable[..., An
 @pytest.mark.parametrize(
     ("model", "settings", "world", "problem"),
     [
-        ({"tensor_model_parallel_size": 2}, {}, 3, "needs a multiple of 2 ranks .*, and the world has 3"),
+        ({"tensor_model_parallel_size": 2}, {}, 3, "needs a multiple of 2 ranks.*, and there are 3"),
         ({"tensor_model_parallel_size": 3}, {}, 3, "parallel_size=3 does not divide num_attention_heads=4"),
         ({}, {"global_batch_size": 9}, 2, "train.global_batch_size=9 is not a multiple of .* = 2; 8 would do"),
         ({}, {"train_iters": 0}, 1, "train.train_iters=0 must be greater than 0"),

@@ -1,5 +1,6 @@
 """What a run reports, evaluates and refuses."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -16,6 +17,7 @@ from megatron.bridge.training.gpt_step import forward_step, masked_loss
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.progress import METRICS_FILE
 from megatron.bridge.training.step import NotFinite
+from megatron.bridge.training.validation import ConfigError
 
 
 def test_metrics_and_evaluation(
@@ -115,3 +117,22 @@ def test_configuration_and_command_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_tensorboard_holds_what_the_metrics_file_holds(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = make_run({}, train_iters=4, log_interval=1, folder=str(tmp_path), tensorboard_dir=str(tmp_path / "events"))
+    result = run_ranks(1, pretrain, cfg, forward_step, timeout=100)[0]
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert losses == pytest.approx(result.losses)
+    assert "learning_rate" in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_refused(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"megatron-bridge-training\[tensorboard\]"):
+        make_run({}, tensorboard_dir=str(tmp_path)).validate(1)

@@ -41,9 +41,7 @@ def pretraining(
     model.sequence_parallel = sequence_parallel
     return ConfigContainer(
         model=model,
-        dataset=GPTDatasetConfig(
-            data_paths=data_paths, mock=data_paths is None, sequence_length=model.seq_length, split="99,1,0"
-        ),
+        dataset=GPTDatasetConfig(data_paths=data_paths, mock=None, sequence_length=model.seq_length, split="99,1,0"),
         train=TrainingConfig(
             train_iters=train_iters, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
         ),

@@ -183,10 +183,17 @@ def tensor_index(path: str | Path) -> dict[str, TensorEntry]:
 
 def _open_partial(target: Path, partial: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists; save into another folder, remove it, or ask for it to be overwritten")
+        raise CheckpointError(
+            f"{target} exists; save into another folder, remove it, or pass overwrite=True (--overwrite)"
+        )
     if partial.exists():  # left by a run that was killed while writing
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or partial} cannot be made ({error.strerror}); save into another folder"
+        ) from error
 
 
 def _see_folder(partial: Path) -> None:

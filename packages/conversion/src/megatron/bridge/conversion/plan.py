@@ -81,7 +81,9 @@ class _Problems:
 
 _NO_RULE_MEGATRON = "Megatron weights without a rule (they would stay random; add a WeightRule to the family's table)"
 _NO_RULE_HF = "Hugging Face weights without a rule (they would be lost; add a WeightRule, or name them in `ignored`)"
-_ABSENT_HF = "Hugging Face weights that a rule needs and the checkpoint lacks"
+_ABSENT_HF = (
+    "Hugging Face weights that a rule needs and the checkpoint lacks (fetch it again, or correct its config.json)"
+)
 _UNUSED_RULE = "rules that meet no Megatron weight (the table was built for another configuration)"
 _SHAPE = "shapes that disagree (the configuration does not describe this checkpoint)"
 _TWICE = "Hugging Face weights claimed by more than one Megatron weight"

@@ -71,7 +71,15 @@ def run_ranks(
 
     Raises:
         RankFailed: chained to the first failed rank's exception.
+        BridgeError: this process belongs to a world of its own.
     """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        raise BridgeError(
+            "this process is a rank already, and ranks forked from it would take themselves for it; "
+            "call megatron.bridge.platform.destroy_distributed() first"
+        )
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
     context = multiprocessing.get_context("fork")
     waits = collective_timeout or min(timeout or _LONGEST_WAIT, _LONGEST_WAIT)

@@ -98,7 +98,8 @@ def _smallest_fix(
     config: "MimoParallelismConfig", world_size: int, violation: Violation, before: set[_Key]
 ) -> tuple[Fix, set[_Key]]:
     """The cheapest change that ends `violation` and starts none, and the violations that it leaves."""
-    tried = []
+    # The count keeps their order among equals.
+    tried: list[tuple[float, int, int, Fix, set[_Key]]] = []
     for changes in candidates(config, world_size):
         fix = Fix(tuple(Change(*where, value) for where, value in changes.items()))
         after = {each.key for each in find_violations(*fix.apply(config, world_size))}

@@ -116,11 +116,13 @@ class LoggerConfig:
     Attributes:
         log_interval: steps between progress lines (where the output is no terminal) and `metrics.jsonl` records.
         folder: folder of `metrics.jsonl`; None for `checkpoint.save`, and no file when that is None too.
+        tensorboard_dir: folder for TensorBoard's event files; needs the extra `tensorboard`. None writes none.
         progress: show progress on rank 0.
     """
 
     log_interval: int = 1
     folder: str | None = None
+    tensorboard_dir: str | None = None
     progress: bool = True
 
 

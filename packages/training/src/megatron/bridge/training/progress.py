@@ -32,6 +32,8 @@ class Reporter:
         folder = cfg.logger.folder or cfg.checkpoint.save
         self._metrics_path = Path(folder) / METRICS_FILE if folder is not None and speaks else None
         self._metrics: IO[str] | None = None
+        self._tensorboard_dir = cfg.logger.tensorboard_dir if speaks else None
+        self._tensorboard: Any = None
         self._bar: Any = None
         self._task: Any = None
         self._first = first
@@ -44,6 +46,11 @@ class Reporter:
             self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
             # One line per write, so that a killed run leaves whole records.
             self._metrics = self._metrics_path.open("a", buffering=1)
+        if self._tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A resumed run repeats the steps after its checkpoint: their earlier values are left out.
+            self._tensorboard = SummaryWriter(self._tensorboard_dir, purge_step=self._first + 1)
         if self._shows:
             self._open_bar()
         return self
@@ -53,6 +60,8 @@ class Reporter:
             self._bar.stop()
         if self._metrics is not None:
             self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def step(self, iteration: int, result: "StepResult") -> None:
         """Report a finished step."""
@@ -94,6 +103,11 @@ class Reporter:
     def _record(self, **values: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(json.dumps(values) + "\n")
+        if self._tensorboard is not None:
+            iteration = values["iteration"]
+            for name, value in values.items():
+                if name != "iteration":
+                    self._tensorboard.add_scalar(name, value, iteration)
 
     def _text(self, result: "StepResult") -> str:
         return (

@@ -1,6 +1,7 @@
 """What is wrong with a configuration, all of it at once, before anything heavy is built."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,9 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
     tensor = model.tensor_model_parallel_size
     if model.sequence_parallel and tensor > 1 and model.seq_length % tensor:
         yield f"model.seq_length={model.seq_length} is not a multiple of model.tensor_model_parallel_size={tensor}"
+    for field in ("num_moe_experts", "multi_latent_attention"):
+        if getattr(model, field, None):
+            yield f"model.{field}={getattr(model, field)} is not supported by this training loop yet; leave it unset"
     if getattr(model, "context_parallel_size", 1) > 1:
         yield (
             f"model.context_parallel_size={model.context_parallel_size} is not supported by this training loop yet; "
@@ -208,6 +212,14 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
 
 
+def _logger(cfg: "ConfigContainer") -> Iterator[str]:
+    if cfg.logger.tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
+        yield (
+            f"logger.tensorboard_dir={cfg.logger.tensorboard_dir!r} needs the package tensorboard, which is not there: "
+            "uv pip install 'megatron-bridge-training[tensorboard]'"
+        )
+
+
 def _save_folder(save: Path, resumed: Path | None) -> Iterator[str]:
     """A run never writes over another run's checkpoints, and says so before the first step, not after the last."""
     ahead = saved_iterations(save)
@@ -227,4 +239,4 @@ def saved_iteration(folder: Path) -> int:
     return iteration_of(folder) or 0
 
 
-_CHECKS = (_sizes, _model, _optimizer, _scheduler, _data, _checkpoint)
+_CHECKS = (_sizes, _model, _optimizer, _scheduler, _data, _checkpoint, _logger)

@@ -50,7 +50,9 @@ class StagedFolder:
         if not os.path.lexists(target):
             return
         if not self._overwrite:
-            raise HFFolderError(f"{target} exists; choose another folder, remove it, or pass overwrite=True")
+            raise HFFolderError(
+                f"{target} exists; choose another folder, remove it, or pass overwrite=True (--overwrite)"
+            )
         replaceable = target.is_dir() and (
             (target / CONFIG).exists() or any(target.glob("*.safetensors")) or not any(target.iterdir())
         )

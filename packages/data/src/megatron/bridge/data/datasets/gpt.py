@@ -26,7 +26,7 @@ class GPTDatasetConfig(DatasetProvider):
         reset_attention_mask: keep attention within a document; samples then carry an `attention_mask`.
         eod_mask_loss: leave the token that follows an end of document out of the loss.
         path_to_cache: folder for sample indices; None takes `cache` beside the first prefix.
-        mock: no files; Megatron-Core's counting sequences.
+        mock: no files; Megatron-Core's counting sequences. None means mock data for as long as no paths are given.
     """
 
     data_paths: list[str] | None = None
@@ -40,7 +40,14 @@ class GPTDatasetConfig(DatasetProvider):
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
     path_to_cache: str | None = None
-    mock: bool = False
+    mock: bool | None = False
+
+    @property
+    def uses_mock(self) -> bool:
+        """Whether mock data are read, `mock=None` resolved."""
+        if self.mock is not None:
+            return self.mock
+        return not any((self.data_paths, self.train_data_paths, self.valid_data_paths, self.test_data_paths))
 
     def validate(self, context: DatasetBuildContext) -> None:
         """Refuse missing or broken files, too little text and ids beyond the vocabulary. Reads indices, not data."""

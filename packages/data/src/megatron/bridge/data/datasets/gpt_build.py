@@ -38,7 +38,7 @@ def build_splits(config: GPTDatasetConfig, context: DatasetBuildContext) -> tupl
     """The wanted datasets, built on every rank."""
     prepared = _prepare_together(config, context)
     built: list[Split] = [None] * _NUM_SPLITS
-    with _quiet_about_mock_cache(config.mock):
+    with _quiet_about_mock_cache(config.uses_mock):
         for split in prepared.plan.splits:
             built[split.index] = _build_split(config, prepared, split)
     train, valid, test = built
@@ -69,7 +69,7 @@ def _gather(problem: str | None) -> list[str | None]:
 
 def _prepare(config: GPTDatasetConfig, context: DatasetBuildContext) -> _Prepared:
     plan = plan_splits(config, context)
-    if config.mock:
+    if config.uses_mock:
         return _Prepared(plan, None)
     cache = _cache_folder(config, plan)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -119,7 +119,7 @@ def _build_split(config: GPTDatasetConfig, prepared: _Prepared, split: SplitPlan
     core.split_matrix = [bounds if at == split.index else None for at, bounds in enumerate(core.split_matrix)]
     sizes: list[int | None] = [0] * _NUM_SPLITS
     sizes[split.index] = split.samples
-    kind = MockGPTDataset if config.mock else GPTDataset
+    kind = MockGPTDataset if config.uses_mock else GPTDataset
     built: Split = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, core).build()[split.index]
     return built
 
@@ -129,7 +129,7 @@ def _core_config(config: GPTDatasetConfig, prepared: _Prepared, split: SplitPlan
         random_seed=config.random_seed,
         sequence_length=prepared.plan.sequence_length,
         blend=_core_blend(prepared.plan, split),
-        split=None if config.mock else ",".join(repr(share) for share in split.shares),
+        split=None if config.uses_mock else ",".join(repr(share) for share in split.shares),
         path_to_cache=None if prepared.cache is None else str(prepared.cache),
         tokenizer=prepared.plan.tokenizer,  # used by its attributes only
         reset_position_ids=config.reset_position_ids,

@@ -96,7 +96,7 @@ def _wanted_splits(config: GPTDatasetConfig, context: DatasetBuildContext) -> It
         if samples is not None and samples < 0:
             raise BridgeError(f"{SPLIT_NAMES[index]}_samples={samples} must not be negative")
         blend = blends[index]
-        given = config.mock or (blend is not None and shares[index][index] > 0)
+        given = config.uses_mock or (blend is not None and shares[index][index] > 0)
         if not given and index == 0:
             raise BridgeError(_no_training_data(config))
         if not given:
@@ -117,7 +117,7 @@ def _blends(config: GPTDatasetConfig) -> tuple[list[Blend | None], list[_Shares]
     per_split = (config.train_data_paths, config.valid_data_paths, config.test_data_paths)
     named = [f"dataset.{name}_data_paths" for name, paths in zip(SPLIT_NAMES, per_split, strict=True) if paths]
     given = (["dataset.data_paths"] if config.data_paths else []) + named
-    if config.mock:
+    if config.uses_mock:
         if given:
             raise BridgeError(f"dataset.mock=true would ignore {' and '.join(given)}; drop one or the other")
         return [None, None, None], [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]

@@ -9,4 +9,4 @@ from megatron.bridge.data.datasets.gpt import GPTDatasetConfig
 class MockGPTDatasetConfig(GPTDatasetConfig):
     """`GPTDatasetConfig(mock=True)` under a name of its own."""
 
-    mock: bool = True
+    mock: bool | None = True

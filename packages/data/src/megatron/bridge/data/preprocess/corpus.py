@@ -89,7 +89,10 @@ def _write(
             largest = max(largest, batch.max_token_id)
             report(Progress(done, total, documents, tokens))
         if not documents:
-            raise BridgeError(f"the input holds no text: {len(files)} files, {total} bytes, every document is empty")
+            raise BridgeError(
+                f"the input holds no text ({', '.join(map(str, files[:3]))}: {total} bytes, every document is empty); "
+                "give files with text in them"
+            )
     return Sidecar(
         documents=documents,
         tokens=tokens,
