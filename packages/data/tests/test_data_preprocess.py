@@ -146,7 +146,7 @@ GOOD = '{"text": "good"}\n'
         (GOOD + '{"text": "\\ud83d"}\n', r"rows\.jsonl:2: character 0 is half of a surrogate pair \(\\ud83d\)"),
         ((GOOD + '{"text": "\xe9"}').encode("latin-1"), r"rows\.jsonl:2 is not UTF-8: byte 0xe9 at offset 10"),
         (GOOD + "[" * 100_000, r"rows\.jsonl:2 is not JSON"),
-        ("\n \n", "holds no text: 1 files, 3 bytes"),
+        ("\n \n", "holds no text .*: 3 bytes"),
         ("", "holds no text"),
     ],
 )
