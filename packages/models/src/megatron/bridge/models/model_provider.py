@@ -1,5 +1,6 @@
 """The part of a provider that every kind of model shares: parallel state, wrapping, hooks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +23,22 @@ _PARALLEL_SIZES = (
 )
 
 
-class ModelProvider:
+class ModelProvider(ABC):
     """Builds the chunks of a model on this rank and wraps them for training.
 
     A subclass is a dataclass over Megatron-Core's `TransformerConfig`; it defines `transformer_config()` and
     `provide()`.
     """
 
+    @abstractmethod
     def transformer_config(self) -> "TransformerConfig":
-        raise NotImplementedError(f"{type(self).__name__} must define transformer_config()")
+        """A fresh, checked Megatron-Core config of this model."""
 
+    @abstractmethod
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> "torch.nn.Module":
-        raise NotImplementedError(f"{type(self).__name__} must define provide()")
+        """One chunk of the model, for this rank's pipeline stage."""
 
     def register_pre_wrap_hook(self, hook: PreWrapHook, *, loads_weights: bool = False) -> None:
         """Call `hook(chunks)` after the chunks are built and before they are wrapped, in order of registration.
