@@ -209,7 +209,8 @@ def test_leftovers_of_a_killed_save_are_replaced(tmp_path: Path) -> None:
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "save into another folder" in _single(lambda: _failure(lambda: dist_checkpoint.save(tmp_path / "file", 1, _state())))
+    refusal = _single(lambda: _failure(lambda: dist_checkpoint.save(tmp_path / "file", 1, _state())))
+    assert "save into another folder" in refusal
 
 
 def test_a_script_without_a_main_guard_can_save(tmp_path: Path) -> None:
