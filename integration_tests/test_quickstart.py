@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = [sys.executable, "-c", "from megatron.bridge.cli.root import main; main()", "quickstart"]
-OPTIONS = ["--work", "job", "--steps", "40", "--seq-length", "32", "--batch", "4", "--tp", "2"]
+OPTIONS = ["--work", "job", "--steps", "400", "--seq-length", "32", "--batch", "4", "--tp", "2"]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -37,11 +37,15 @@ def finish(process: subprocess.Popen[str]) -> str:
 def interrupt_in_training(process: subprocess.Popen[str], metrics: Path) -> str:
     """Ctrl-C as a terminal gives it, to the whole process group, once the first steps are reported."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not metrics.exists():
-        time.sleep(0.05)
-    assert metrics.exists(), finish(process)
+    while time.monotonic() < deadline and process.poll() is None and not _reported(metrics):
+        time.sleep(0.01)
+    assert _reported(metrics), finish(process)
     os.killpg(process.pid, signal.SIGINT)
     return finish(process)
+
+
+def _reported(metrics: Path) -> bool:
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_the_same_command_goes_on_where_it_stopped(runs):
         if "loss" in (record := json.loads(line))
     ]
     assert steps == sorted(set(steps)), "a step was done twice"
-    assert steps[-1] == 40
+    assert steps[-1] == 400
 
 
 def test_every_step_is_in_the_table_with_its_proof(runs):

@@ -13,7 +13,7 @@ import torch
 from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.platform.cpu_layer import cpu_layer, replaced
-from megatron.bridge.platform.launch import RankFailed, run_layout, run_ranks
+from megatron.bridge.platform.launch import RankFailed, run_layout, run_ranks, share_of_cores
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer is for machines without CUDA")
 
@@ -216,3 +216,16 @@ def test_a_rank_does_not_fork_ranks():
 
     with pytest.raises(RankFailed, match="this process is a rank already"):
         run_ranks(1, fork_again)
+
+
+def test_an_interrupted_rank_interrupts_the_run():
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(2, fail_on, 1, lambda: os.kill(os.getpid(), signal.SIGINT), timeout=60, grace=2)
+
+
+def test_every_rank_gets_its_share_of_the_cores_unless_openmp_was_told(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (share_of_cores(2), share_of_cores(16)) == (4, 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert share_of_cores(2) == 3

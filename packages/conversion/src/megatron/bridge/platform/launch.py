@@ -71,6 +71,7 @@ def run_ranks(
 
     Raises:
         RankFailed: chained to the first failed rank's exception.
+        KeyboardInterrupt: a rank was interrupted.
         BridgeError: this process belongs to a world of its own.
     """
     import torch.distributed as dist
@@ -102,6 +103,8 @@ def run_ranks(
     finally:
         _kill([rank.process for rank in ranks])
     failed = [rank for rank in ranks if rank.report is None or rank.report.trace]
+    if any(rank.report is not None and isinstance(rank.report.error, KeyboardInterrupt) for rank in failed):
+        raise KeyboardInterrupt
     if failed:
         raise _failure(failed, count, timeout)
     return [rank.report.value for rank in ranks if rank.report is not None]
@@ -239,8 +242,9 @@ def signals_left_to_ranks() -> Iterator[None]:
 
 
 def share_of_cores(count: int) -> int:
-    """Threads for each of `count` ranks of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // count)
+    """Threads for each of `count` ranks of this machine; OMP_NUM_THREADS has the last word."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdigit() else max(1, len(os.sched_getaffinity(0)) // count)
 
 
 def run_layout(count: int, function: Callable[..., Any], *args: Any) -> Any:
