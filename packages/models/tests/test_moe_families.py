@@ -3,7 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Dots1Config, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Dots1Config,
+    ExaoneMoeConfig,
+    Glm4MoeConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    SolarOpenConfig,
+)
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.live_weights import global_expert
@@ -57,6 +66,7 @@ DOTS = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
+EXAONE = {**QWEN, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
 CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
     "mixtral-window": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=3, sliding_window=5),
@@ -68,6 +78,11 @@ CONFIGS = {
     "qwen3-moe-mixed": Qwen3MoeConfig(**QWEN, head_dim=16, mlp_only_layers=[0, 3], attention_bias=True),
     "dots1": Dots1Config(**DOTS),
     "dots1-groups": Dots1Config(**DOTS, n_group=4, topk_group=2, attention_bias=True),
+    "glm4-moe": Glm4MoeConfig(**DOTS, attention_bias=True, num_nextn_predict_layers=0),
+    "glm4-moe-qk-norm": Glm4MoeConfig(**DOTS, use_qk_norm=True, head_dim=32),
+    "solar-open": SolarOpenConfig(**DOTS, head_dim=32),
+    "exaone-moe": ExaoneMoeConfig(**EXAONE, sliding_window=5, sliding_window_pattern=2),
+    "exaone-moe-full": ExaoneMoeConfig(**EXAONE, sliding_window=5, layer_types=["full_attention"] * 4),
 }
 TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 

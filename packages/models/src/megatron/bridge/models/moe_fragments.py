@@ -18,10 +18,10 @@ def moe_norm(hf: str = "model.layers.{l}.post_attention_layernorm") -> list[Weig
 
 
 def router(hf: str = f"{_HF_MLP}.gate", *, selection_bias: str | None = None) -> list[WeightRule]:
-    """The router, with the Hugging Face name of the bias that takes part in choosing experts only (kept in fp32)."""
+    """The router; `selection_bias` names the bias that takes part in choosing experts only, and is kept in fp32."""
     rules = [WeightRule(f"{_MLP}.router.weight", f"{hf}.weight")]
     if selection_bias is not None:
-        rules.append(WeightRule(f"{_MLP}.router.expert_bias", f"{hf}.{selection_bias}", keeps_dtype=True))
+        rules.append(WeightRule(f"{_MLP}.router.expert_bias", selection_bias, keeps_dtype=True))
     return rules
 
 
