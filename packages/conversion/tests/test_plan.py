@@ -1,10 +1,12 @@
 """A plan accounts for every weight on both sides, or says which one is left over."""
 
 import pytest
+import torch
 
+from megatron.bridge.conversion.entries import join_entries
 from megatron.bridge.conversion.names import NamePattern, skeleton
 from megatron.bridge.conversion.plan import PlanError, export_plan, import_plan
-from megatron.bridge.conversion.shards import COLUMN
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, ROW, Expert
 from megatron.bridge.conversion.table import Tied, WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Concatenate, InterleaveGroups, PadRows
 from megatron.bridge.errors import BridgeError
@@ -129,11 +131,64 @@ def test_a_table_refuses_rules_that_contradict_each_other():
         WeightRule("layers.{l}.x", "h.x")
 
 
+FC1, FC2 = "layers.{l}.experts.{e}.fc1", "layers.{l}.experts.{e}.fc2"
+
+
 def test_ninety_thousand_weights_plan_in_seconds():
-    table = WeightTable(
-        (WeightRule("layers.{l}.experts.{e}.fc1", ("h.{l}.e.{e}.gate", "h.{l}.e.{e}.up"), Concatenate(2)),)
-    )
+    experts = WeightRule(FC1, ("h.{l}.e.{e}.gate", "h.{l}.e.{e}.up"), Concatenate(2), Expert(GATED_COLUMN))
     index = [(layer, expert) for layer in range(45) for expert in range(1000)]
     hf = {f"h.{layer}.e.{expert}.{kind}": (4, 2) for layer, expert in index for kind in ("gate", "up")}
-    plan = import_plan(table, hf, {f"layers.{layer}.experts.{expert}.fc1": (8, 2) for layer, expert in index})
+    megatron = {f"layers.{layer}.experts.{expert}.fc1": (8, 2) for layer, expert in index}
+    plan = import_plan(WeightTable((experts,)), hf, megatron)
     assert len(plan) == len(hf) // 2 == 45_000
+
+
+STACKED = WeightTable(
+    (
+        WeightRule(FC1, "h.{l}.gate_up[{e}]", shard=Expert(GATED_COLUMN)),
+        WeightRule(FC2, "h.{l}.down[{e}]", shard=Expert(ROW)),
+    )
+)
+STACKED_MEGATRON = {
+    f"layers.0.experts.{e}.{name}": shape for e in range(3) for name, shape in (("fc1", (8, 2)), ("fc2", (2, 4)))
+}
+STACKED_HF = {"h.0.gate_up": (3, 8, 2), "h.0.down": (3, 2, 4)}
+
+
+def test_stacked_experts_are_planned_one_by_one_and_written_whole():
+    for plan in (import_plan(STACKED, STACKED_HF, STACKED_MEGATRON), export_plan(STACKED, STACKED_MEGATRON)):
+        assert plan.hf_shapes == STACKED_HF
+        assert [item.hf for item in plan][:4] == [(f"h.0.gate_up[{e}]",) for e in range(3)] + [("h.0.down[0]",)]
+
+
+@pytest.mark.parametrize(
+    ("hf", "named"),
+    [
+        ({"h.0.gate_up": (4, 8, 2)}, r"without a rule.*\n.*h\.0\.gate_up\[3\]"),
+        ({"h.0.gate_up": (2, 8, 2)}, r"lacks.*\n.*h\.0\.gate_up\[2\]"),
+        ({"h.0.down": (3, 4, 2)}, r"h\.0\.down\[0\] \[4, 2\]"),
+    ],
+)
+def test_a_stack_with_other_experts_or_shapes_is_refused(hf, named):
+    with pytest.raises(PlanError, match=named):
+        import_plan(STACKED, STACKED_HF | hf, STACKED_MEGATRON)
+
+
+def test_a_missing_expert_is_noticed_on_the_way_out():
+    megatron = {name: shape for name, shape in STACKED_MEGATRON.items() if ".1.fc2" not in name}
+    with pytest.raises(PlanError, match=r"expert 1 of layer 0 \(layers\.\{l\}\.experts\.\{e\}\.fc2\)"):
+        export_plan(STACKED, megatron)
+
+
+def test_entries_are_joined_in_any_order_and_the_rest_passes():
+    stack = torch.arange(12).view(3, 4)
+    weights = [("a[2]", stack[2]), ("b", stack), ("a[0]", stack[0]), ("a[1]", stack[1])]
+    joined = list(join_entries(weights, {"a": (3, 4)}))
+    assert [name for name, _ in joined] == ["b", "a"]
+    assert torch.equal(joined[1][1], stack)
+
+
+def test_only_experts_have_the_shard_rule_of_experts():
+    for name, rule in ((FC1, GATED_COLUMN), ("layers.{l}.x", Expert(ROW))):
+        with pytest.raises(BridgeError, match="a weight per expert {e} needs the shard rule Expert"):
+            WeightRule(name, name, shard=rule)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW, Expert, cut_axis
 from megatron.bridge.conversion.transforms import Concatenate, Identity, InMemory, InterleaveGroups, PadRows, whole
 
 SIZES = st.integers(1, 5)
@@ -66,7 +66,7 @@ def test_interleaving_lays_out_groups_as_megatron_reads_them():
     assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
-@pytest.mark.parametrize("rule", [REPLICATED, COLUMN, ROW, GATED_COLUMN], ids=str)
+@pytest.mark.parametrize("rule", [REPLICATED, COLUMN, ROW, GATED_COLUMN, Expert(ROW), Expert(GATED_COLUMN)], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards_join_to_the_whole(rule, size):
     (tensor,) = tensors((16, 8))
@@ -76,8 +76,7 @@ def test_shards_join_to_the_whole(rule, size):
         assert tuple(part.shape) == rule.local_shape((16, 8), size)
         assert rule.global_shape(tuple(part.shape), size) == (16, 8)
         pieces = [tensor[tuple(slice(*b) for b in region)] for region in rule.regions((16, 8), rank, size)]
-        axis = getattr(rule, "axis", 0)
-        assert torch.equal(torch.cat(pieces, axis), part)
+        assert torch.equal(torch.cat(pieces, cut_axis(rule)), part)
 
 
 def test_a_gated_projection_keeps_gate_and_up_apart_on_every_rank():

@@ -1,16 +1,19 @@
-"""The live executor: Hugging Face weights to and from a model that is spread over tensor- and pipeline-parallel ranks.
+"""The live executor: Hugging Face weights to and from a model that is spread over tensor-, pipeline- and
+expert-parallel ranks.
 
-On the way in every rank reads only the bytes it owns. On the way out one weight at a time is gathered, so memory is
-bounded by the largest weight. Plans are proven before the first byte moves.
+On the way in every rank reads only the bytes it owns. On the way out one weight (of one expert) at a time is gathered,
+so memory is bounded by the largest Hugging Face weight. Plans are proven before the first byte moves.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron.bridge.conversion.entries import base_name, entry_of, join_entries
 from megatron.bridge.conversion.live_weights import Layout, as_chunks, canonical_weights
 from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem, export_plan, import_plan
 from megatron.bridge.conversion.rank_agreement import on_every_rank
+from megatron.bridge.conversion.shards import Expert, cut_axis
 from megatron.bridge.conversion.table import WeightTable
 from megatron.bridge.conversion.transforms import Region, Shape, whole
 
@@ -51,38 +54,71 @@ class _SourceTensor:
     shape: Shape
 
     def read(self, region: Region) -> "torch.Tensor":
-        return self.source.read(self.name, region)
+        entry = entry_of(self.name)
+        if entry is None:
+            return self.source.read(self.name, region)
+        name, index = entry
+        return self.source.read(name, ((index, index + 1), *region))[0]
 
 
 @dataclass(frozen=True)
 class MegatronIndex:
-    """Every weight of a spread model: global shape, dtype, and the pipeline ranks that hold it (several when tied)."""
+    """Every weight of a spread model: global shape, dtype, and the ranks that hold it.
+
+    `owners` are pipeline ranks, several when a weight is tied; `expert_owners` the expert-parallel rank of each weight
+    of an expert.
+    """
 
     shapes: Mapping[str, Shape]
     dtypes: "Mapping[str, torch.dtype]"
     owners: Mapping[str, tuple[int, ...]]
+    expert_owners: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What an index says of one weight; `expert_rank` is None for a weight that every expert-parallel rank holds."""
+
+    shape: Shape
+    dtype: "torch.dtype"
+    expert_rank: int | None
 
 
 def megatron_index(table: WeightTable, local: "Mapping[str, torch.Tensor]", layout: Layout) -> MegatronIndex:
-    """Gather names, global shapes and dtypes over the pipeline. Collective over the pipeline group."""
-    import torch
+    """Gather names, global shapes and dtypes. Collective over the expert-parallel and the pipeline groups."""
+    here = {name: _held(table, name, tensor, layout) for name, tensor in local.items()}
+    # The ranks of an expert-parallel group differ in their experts only.
+    experts = {name: held for name, held in here.items() if held.expert_rank is not None}
+    here = {name: held for name, held in here.items() if held.expert_rank is None}
+    for of_rank in _all_gathered(experts, layout.expert_group, layout.expert_size):
+        here |= of_rank
+    by_stage = _all_gathered(here, layout.pipeline_group, layout.pipeline_size)
+    everything = {name: held for stage in by_stage for name, held in stage.items()}
+    return MegatronIndex(
+        shapes={name: held.shape for name, held in everything.items()},
+        dtypes={name: held.dtype for name, held in everything.items()},
+        owners={name: tuple(stage for stage, names in enumerate(by_stage) if name in names) for name in everything},
+        expert_owners={name: held.expert_rank for name, held in everything.items() if held.expert_rank is not None},
+    )
+
+
+def _held(table: WeightTable, name: str, tensor: "torch.Tensor", layout: Layout) -> _Held:
+    met, shape = table.resolve(name), tuple(tensor.shape)
+    if met is None:  # refused by the plan, which shows the local shape
+        return _Held(shape, tensor.dtype, layout.expert_rank)
+    rule = met[0].shard
+    whole_shape = rule.global_shape(shape, layout.dividing(rule).size())
+    return _Held(whole_shape, tensor.dtype, layout.expert_rank if isinstance(rule, Expert) else None)
+
+
+def _all_gathered[T](value: T, group: Any, size: int) -> list[T]:
     import torch.distributed as dist
 
-    here: dict[str, tuple[Shape, torch.dtype]] = {}
-    for name, tensor in local.items():
-        met = table.resolve(name)
-        shape = tuple(tensor.shape)
-        here[name] = (met[0].shard.global_shape(shape, layout.tensor_size) if met else shape, tensor.dtype)
-    by_stage: list[Any] = [here]
-    if layout.pipeline_size > 1:
-        by_stage = [None] * layout.pipeline_size
-        dist.all_gather_object(by_stage, here, group=layout.pipeline_group)
-    held = {name: entry for stage in by_stage for name, entry in stage.items()}
-    return MegatronIndex(
-        shapes={name: shape for name, (shape, _) in held.items()},
-        dtypes={name: dtype for name, (_, dtype) in held.items()},
-        owners={name: tuple(stage for stage, names in enumerate(by_stage) if name in names) for name in held},
-    )
+    if size == 1:
+        return [value]
+    gathered: list[Any] = [None] * size
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def load_weights(
@@ -106,7 +142,7 @@ def load_weights(
     local = canonical_weights(chunks)
     index = megatron_index(table, local, layout)
     plan = import_plan(table, source.shapes, index.shapes, what)
-    _refuse_uneven(plan, layout.tensor_size, what)
+    _refuse_uneven(plan, layout, what)
 
     def fill() -> None:
         _check_ties(plan, source, what)
@@ -120,12 +156,15 @@ def load_weights(
     return plan
 
 
-def _refuse_uneven(plan: Plan, size: int, what: str) -> None:
+def _refuse_uneven(plan: Plan, layout: Layout, what: str) -> None:
     for item in plan:
-        if not item.rule.shard.divides(item.shape, size):
+        rule = item.rule.shard
+        size = layout.dividing(rule).size()
+        if not rule.divides(item.shape, size):
+            kind = "expert-tensor" if isinstance(rule, Expert) else "tensor"
             raise PlanError(
                 f"{what}: {item.megatron} {list(item.shape)} cannot be divided evenly over "
-                f"{size} tensor-parallel ranks ({item.rule.shard})"
+                f"{size} {kind}-parallel ranks ({rule})"
             )
 
 
@@ -133,8 +172,9 @@ def _fill(target: "torch.Tensor", item: PlanItem, source: WeightSource, layout: 
     import torch
 
     inputs = [_SourceTensor(source, name, shape) for name, shape in zip(item.hf, item.hf_shapes, strict=True)]
-    regions = item.rule.shard.regions(item.shape, layout.tensor_rank, layout.tensor_size)
-    axis = getattr(item.rule.shard, "axis", 0)
+    rule = item.rule.shard
+    group, axis = layout.dividing(rule), cut_axis(rule)
+    regions = rule.regions(item.shape, group.rank(), group.size())
     with torch.no_grad():
         done = 0
         for region in regions:
@@ -190,46 +230,61 @@ class Exporter:
         self._index = megatron_index(table, self._local, self._layout)
         self.plan = export_plan(table, self._index.shapes, what)
 
-    @property
-    def dtypes(self) -> "dict[str, torch.dtype]":
-        """dtype of every Hugging Face weight, as the model holds it."""
-        return {name: self._index.dtypes[item.megatron] for item in self.plan for name in item.hf}
+    def dtypes(self, dtype: "torch.dtype | None" = None) -> "dict[str, torch.dtype]":
+        """dtype of every Hugging Face weight that `weights(dtype)` yields."""
+        return {base_name(name): self._dtype(item, dtype) for item in self.plan for name in item.hf}
+
+    def _dtype(self, item: PlanItem, wanted: "torch.dtype | None") -> "torch.dtype":
+        held = self._index.dtypes[item.megatron]
+        return wanted if wanted and held.is_floating_point and not item.rule.keeps_dtype else held
 
     def weights(self, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, torch.Tensor]]":
         """The Hugging Face weights, whole, in plan order. Collective."""
         self._refuse_diverged_copies()
+        yield from join_entries(self._single_weights(dtype), self.plan.hf_shapes)
+
+    def _single_weights(self, dtype: "torch.dtype | None") -> "Iterator[tuple[str, torch.Tensor]]":
         for item in self.plan:
-            tensor = self._whole(item)
-            if dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(dtype)
+            tensor = self._whole(item).to(self._dtype(item, dtype))
             yield from zip(item.hf, item.rule.transform.inverse(tensor), strict=True)
 
     def _whole(self, item: PlanItem) -> "torch.Tensor":
         """The global Megatron weight on every rank."""
-        import torch
         import torch.distributed as dist
 
         layout, stage = self._layout, self._index.owners[item.megatron][0]
-        if layout.pipeline_rank == stage:
-            tensor = self._gathered(item)
-        else:
-            device = next(iter(self._local.values())).device
-            tensor = torch.empty(item.shape, dtype=self._index.dtypes[item.megatron], device=device)
+        tensor = self._of_stage(item) if layout.pipeline_rank == stage else self._empty(item)
         if layout.pipeline_size > 1:
             dist.broadcast(tensor, group=layout.pipeline_group, group_src=stage)
         return tensor
+
+    def _of_stage(self, item: PlanItem) -> "torch.Tensor":
+        """The global Megatron weight on every rank of the pipeline stage that holds it."""
+        import torch.distributed as dist
+
+        layout, owner = self._layout, self._index.expert_owners.get(item.megatron)
+        tensor = self._gathered(item) if owner in (None, layout.expert_rank) else self._empty(item)
+        if owner is not None and layout.expert_size > 1:
+            dist.broadcast(tensor, group=layout.expert_group, group_src=owner)
+        return tensor
+
+    def _empty(self, item: PlanItem) -> "torch.Tensor":
+        import torch
+
+        device = next(iter(self._local.values())).device
+        return torch.empty(item.shape, dtype=self._index.dtypes[item.megatron], device=device)
 
     def _gathered(self, item: PlanItem) -> "torch.Tensor":
         import torch
         import torch.distributed as dist
 
         tensor = self._local[item.megatron].detach()
-        layout = self._layout
-        sharded = item.rule.shard.local_shape(item.shape, layout.tensor_size) != item.shape
+        group = self._layout.dividing(item.rule.shard)
+        sharded = item.rule.shard.local_shape(item.shape, group.size()) != item.shape
         if not sharded:
             return tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(layout.tensor_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=layout.tensor_group)
+        parts = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
         return item.rule.shard.join(parts)
 
     def _refuse_diverged_copies(self) -> None:

@@ -2,6 +2,7 @@
 pipeline stage or wrapper.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-type Chunks = "Sequence[torch.nn.Module]"
+from megatron.bridge.conversion.shards import Expert, ShardRule
+
+# Experts as modules of their own (any layer spec), and as numbered weights of one module (Transformer Engine's).
+_EXPERT_MODULE = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(.+)")
+_EXPERT_WEIGHT = re.compile(r"(.*\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
 
 
 def unwrap(module: "torch.nn.Module") -> "torch.nn.Module":
@@ -35,11 +40,13 @@ def canonical_weights(chunks: "Sequence[torch.nn.Module]") -> "dict[str, torch.T
     """Every parameter and persistent buffer on this rank by canonical name.
 
     A tied output layer of the last pipeline stage goes by the embedding's name, as it does in checkpoints; where one
-    rank holds both, they are one tensor.
+    rank holds both, they are one tensor. Experts go by their number in the whole model:
+    `decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`.
     """
     weights: dict[str, torch.Tensor] = {}
+    layout = Layout.of(chunks)
     for chunk in chunks:
-        names = _Names(chunk)
+        names = _Names(chunk, layout)
         for name, value in chunk.state_dict(keep_vars=True).items():
             if isinstance(value, _tensor_class()) and not name.endswith("_extra_state"):
                 weights[names.canonical(name)] = value
@@ -55,9 +62,11 @@ def _tensor_class() -> "type[torch.Tensor]":
 class _Names:
     """From a chunk's own parameter names to canonical ones."""
 
-    def __init__(self, chunk: "torch.nn.Module") -> None:
+    def __init__(self, chunk: Any, layout: "Layout") -> None:
         self._prefixes = dict(_layer_prefixes(chunk))
         self._tied = getattr(chunk, "share_embeddings_and_output_weights", False)
+        experts = getattr(getattr(chunk, "config", None), "num_moe_experts", None) or 0
+        self._first_expert = experts // layout.expert_size * layout.expert_rank
 
     def canonical(self, name: str) -> str:
         if self._tied and name == "output_layer.weight":
@@ -69,8 +78,22 @@ class _Names:
                     if inner.startswith(own):
                         inner = shared + inner.removeprefix(own)
                         break
-                return canonical_prefix + inner
+                return canonical_prefix + global_expert(inner, self._first_expert)
         return name
+
+
+def global_expert(name: str, first: int) -> str:
+    """A weight's name with the expert's number in the whole model.
+
+    Args:
+        name: as the layer spells it; names of other weights are returned as they are.
+        first: the number of this rank's first expert.
+    """
+    if found := _EXPERT_MODULE.fullmatch(name):
+        return f"{found[1]}.experts.{first + int(found[2])}.{found[3]}"
+    if found := _EXPERT_WEIGHT.fullmatch(name):
+        return f"{found[1]}.experts.{first + int(found[4])}.{found[2]}.{found[3]}"
+    return name
 
 
 def _layer_prefixes(chunk: Any) -> Iterator[tuple[str, tuple[str, dict[str, str]]]]:
@@ -84,10 +107,13 @@ def _layer_prefixes(chunk: Any) -> Iterator[tuple[str, tuple[str, dict[str, str]
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place among the model's tensor- and pipeline-parallel ranks."""
+    """This rank's place among the model's tensor-, pipeline- and expert-parallel ranks."""
 
     tensor_group: Any
     pipeline_group: Any
+    # None where the model was built without groups for experts.
+    expert_group: Any = None
+    expert_tensor_group: Any = None
 
     @classmethod
     def of(cls, chunks: "Sequence[Any]") -> "Layout":
@@ -96,8 +122,12 @@ class Layout:
         if groups is None:
             from megatron.core.process_groups_config import ProcessGroupCollection
 
-            groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp"])
-        return cls(groups.tp, groups.pp)
+            groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "ep", "expt_tp"])
+        return cls(groups.tp, groups.pp, getattr(groups, "ep", None), getattr(groups, "expt_tp", None))
+
+    def dividing(self, rule: ShardRule) -> Any:
+        """The group whose ranks hold the parts of a weight with this shard rule."""
+        return self.expert_tensor_group if isinstance(rule, Expert) else self.tensor_group
 
     @property
     def tensor_size(self) -> int:
@@ -114,3 +144,11 @@ class Layout:
     @property
     def pipeline_rank(self) -> int:
         return int(self.pipeline_group.rank())
+
+    @property
+    def expert_size(self) -> int:
+        return 1 if self.expert_group is None else int(self.expert_group.size())
+
+    @property
+    def expert_rank(self) -> int:
+        return 0 if self.expert_group is None else int(self.expert_group.rank())

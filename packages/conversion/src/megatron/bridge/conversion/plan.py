@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from megatron.bridge.conversion.entries import without_entries
 from megatron.bridge.conversion.names import Indices
 from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Shape
@@ -19,7 +20,7 @@ class PlanError(BridgeError):
 
 @dataclass(frozen=True)
 class PlanItem:
-    """One Megatron weight with the Hugging Face weights it is made of.
+    """One Megatron weight with the Hugging Face weights (or entries of stacked ones) it is made of.
 
     `shape` is the global shape, before tensor parallelism; `hf_shapes` follow `hf`.
     """
@@ -54,8 +55,10 @@ class Plan:
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Every Hugging Face weight of the plan with its shape, in order."""
-        return {name: shape for item in self for name, shape in zip(item.hf, item.hf_shapes, strict=True)}
+        """Every Hugging Face weight of the plan with its shape, in order, as files hold them."""
+        return without_entries(
+            {name: shape for item in self for name, shape in zip(item.hf, item.hf_shapes, strict=True)}
+        )
 
 
 @dataclass
@@ -87,7 +90,7 @@ _ABSENT_HF = (
 _UNUSED_RULE = "rules that meet no Megatron weight (the table was built for another configuration)"
 _SHAPE = "shapes that disagree (the configuration does not describe this checkpoint)"
 _TWICE = "Hugging Face weights claimed by more than one Megatron weight"
-_GAP = "layers missing from the Megatron model"
+_GAP = "layers or experts missing from the Megatron model"
 
 
 def import_plan(
@@ -105,6 +108,7 @@ def import_plan(
         PlanError: a weight on either side is unaccounted for, claimed twice or of another shape.
     """
     problems = _Problems()
+    hf = table.entries(hf)
     items = _join(table, megatron, problems)
     tied = {tie.name: tie.to for tie in table.tied}
     used = Counter(name for item in items for name in item.hf)
@@ -131,9 +135,7 @@ def export_plan(table: WeightTable, megatron: Mapping[str, Shape], what: str = "
     problems = _Problems()
     items = _join(table, megatron, problems)
     _check_once(Counter(name for item in items for name in item.hf), problems)
-    layers = {_indices(item).get("l") for item in items} - {None}
-    for layer in sorted(set(range(max(layers, default=-1) + 1)) - layers):  # type: ignore[type-var, operator]
-        problems.add(_GAP, f"layer {layer}")
+    _check_gaps(items, problems)
     problems.raise_if_any(what)
     return Plan(_in_order(table, items), {tie.name: tie.to for tie in table.tied})
 
@@ -171,19 +173,43 @@ def _check_once(used: Counter[str], problems: _Problems) -> None:
             problems.add(_TWICE, name)
 
 
+def _check_gaps(items: Iterable[PlanItem], problems: _Problems) -> None:
+    """Layers count from 0 without a gap, and so do the experts of each weight of each layer."""
+    layers: set[int] = set()
+    experts: dict[tuple[str, int | None], set[int]] = defaultdict(set)
+    for item in items:
+        indices = _indices(item)
+        if "l" in indices:
+            layers.add(indices["l"])
+        if "e" in indices:
+            experts[item.rule.megatron, indices.get("l")].add(indices["e"])
+    for layer in _gaps(layers):
+        problems.add(_GAP, f"layer {layer}")
+    for (rule, layer_held), held in experts.items():
+        for expert in _gaps(held):
+            problems.add(_GAP, f"expert {expert} of layer {layer_held} ({rule})")
+
+
+def _gaps(held: set[int]) -> list[int]:
+    return sorted(set(range(max(held, default=-1) + 1)) - held)
+
+
 def _indices(item: PlanItem) -> Indices:
     return item.rule.pattern.match(item.megatron) or {}
 
 
 def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, ...]:
-    """Items in the table's order, layer by layer: what stands before the first layered rule, the layers, the rest."""
+    """Items in the table's order, layer by layer: what stands before the first layered rule, the layers, the rest.
+
+    Within a layer the experts of one weight follow one another.
+    """
     position = {rule.megatron: index for index, rule in enumerate(table.rules)}
     first_layered = next((index for index, rule in enumerate(table.rules) if rule.pattern.indices), len(table.rules))
 
-    def key(item: PlanItem) -> tuple[int, tuple[int, ...], int]:
+    def key(item: PlanItem) -> tuple[int, int, int, int]:
         place = position[item.rule.megatron]
         indices = _indices(item)
         part = 1 if indices else (0 if place < first_layered else 2)
-        return part, (indices.get("l", 0),), place
+        return part, indices.get("l", 0), place, indices.get("e", 0)
 
     return tuple(sorted(items, key=key))

@@ -30,7 +30,7 @@ def save_hf_folder(
 ) -> Path:
     """See `AutoBridge.save_hf_pretrained`. Collective."""
     exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}")
-    dtypes = {name: dtype if dtype and held.is_floating_point else held for name, held in exporter.dtypes.items()}
+    dtypes = exporter.dtypes(dtype)
     tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}
     writer = _open_together(path, tensors, max_shard_bytes, overwrite)
     try:
@@ -65,7 +65,7 @@ def _write_share(
     mine = {name for file in files for name in writer.tensors_of(file)}
     # Every rank takes part in the gathering of every weight, so a failed write is kept until all are through.
     failure: Exception | None = None
-    for name, tensor in tracked(exporter.weights(dtype), len(exporter.dtypes), "export", shown=show_progress):
+    for name, tensor in tracked(exporter.weights(dtype), len(exporter.plan.hf_shapes), "export", shown=show_progress):
         if name in mine and failure is None:
             try:
                 writer.write(name, tensor)

@@ -1,4 +1,4 @@
-"""Shard rules: how tensor-parallel ranks divide a Megatron tensor. Data only, no process group.
+"""Shard rules: how tensor- and expert-parallel ranks divide a Megatron tensor. Data only, no process group.
 
 Megatron-Core's own layouts: column-parallel weights are cut along axis 0, row-parallel along axis 1, and a gated MLP's
 first projection holds a cut of the gate followed by a cut of the up projection on every rank.
@@ -81,7 +81,43 @@ class Replicated:
         return parts[0]
 
 
-type ShardRule = Blocks | Replicated
+@dataclass(frozen=True)
+class Expert:
+    """A weight of one expert: held by one expert-parallel rank, and there divided by expert-tensor-parallel ranks.
+
+    Experts are spread in equal runs: rank r of R holds experts r * E / R and following. Sizes and ranks in the methods
+    are those of expert-tensor parallelism, which follow `inner`.
+    """
+
+    inner: Blocks | Replicated
+
+    def local_shape(self, shape: Shape, size: int) -> Shape:
+        return self.inner.local_shape(shape, size)
+
+    def global_shape(self, local: Shape, size: int) -> Shape:
+        return self.inner.global_shape(local, size)
+
+    def divides(self, shape: Shape, size: int) -> bool:
+        return self.inner.divides(shape, size)
+
+    def regions(self, shape: Shape, rank: int, size: int) -> list[Region]:
+        return self.inner.regions(shape, rank, size)
+
+    def split(self, tensor: "torch.Tensor", size: int) -> "list[torch.Tensor]":
+        return self.inner.split(tensor, size)
+
+    def join(self, parts: "Sequence[torch.Tensor]") -> "torch.Tensor":
+        return self.inner.join(parts)
+
+
+type ShardRule = Blocks | Replicated | Expert
+
+
+def cut_axis(rule: ShardRule) -> int:
+    """The axis along which a rank's regions follow one another; 0 for a weight that is not cut."""
+    inner = rule.inner if isinstance(rule, Expert) else rule
+    return inner.axis if isinstance(inner, Blocks) else 0
+
 
 REPLICATED = Replicated()
 COLUMN = Blocks(0)

@@ -1,13 +1,14 @@
 """Weight rules and the table that holds a family's."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron.bridge.conversion.entries import base_name, with_entries
 from megatron.bridge.conversion.names import Indices, NamePattern, skeleton
-from megatron.bridge.conversion.shards import REPLICATED, ShardRule
-from megatron.bridge.conversion.transforms import Identity, Transform
+from megatron.bridge.conversion.shards import REPLICATED, Expert, ShardRule
+from megatron.bridge.conversion.transforms import Identity, Shape, Transform
 from megatron.bridge.errors import BridgeError
 
 
@@ -17,20 +18,28 @@ class WeightRule:
 
     Args:
         megatron: canonical Megatron name, as in its checkpoints, e.g. `decoder.layers.{l}.mlp.linear_fc2.weight`.
-        hf: Hugging Face name or names, in the order the transform takes them.
+        hf: Hugging Face name or names, in the order the transform takes them. `NAME[{e}]` is entry e of the leading
+            axis of a weight that stacks all experts.
         transform: the tensor function between the two sides.
-        shard: how tensor-parallel ranks divide the Megatron weight.
+        shard: how parallel ranks divide the Megatron weight; `Expert` for every name with `{e}`, and for no other.
+        keeps_dtype: an export to another dtype leaves this weight in its own (routing biases that must stay fp32).
     """
 
     megatron: str
     hf: str | tuple[str, ...]
     transform: Transform = Identity()
     shard: ShardRule = REPLICATED
+    keeps_dtype: bool = False
 
     def __post_init__(self) -> None:
         spelled = {name: set(NamePattern(name).indices) for name in (self.megatron, *self.hf_names)}
         if len(set(map(frozenset, spelled.values()))) > 1:
             raise BridgeError(f"weight rule {self.megatron!r}: both sides must use the same indices, not {spelled}")
+        if isinstance(self.shard, Expert) != ("e" in self.pattern.indices):
+            raise BridgeError(
+                f"weight rule {self.megatron!r}: a weight per expert {{e}} needs the shard rule Expert, and no other "
+                f"weight may have it; it has {self.shard}"
+            )
 
     @cached_property
     def hf_names(self) -> tuple[str, ...]:
@@ -100,6 +109,11 @@ class WeightTable:
             if indices is not None:
                 return rule, indices
         return None
+
+    def entries(self, hf: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """A checkpoint's weights with every weight that the rules take entry by entry replaced by its entries."""
+        stacked = {base_name(name) for rule in self.rules for name in rule.hf_names if base_name(name) != name}
+        return with_entries(hf, [NamePattern(name) for name in stacked]) if stacked else hf
 
     def ignores(self, hf: str) -> bool:
         """Whether the table says, by name, that this Hugging Face weight is not needed."""

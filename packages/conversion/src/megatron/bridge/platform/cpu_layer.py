@@ -10,7 +10,8 @@ Tested with Megatron-Core 0.19; what is replaced:
 - streams, events and NVTX ranges do nothing: a CPU has one queue, in program order;
 - CUDA random state is the default generator's;
 - `Tensor.type()` answers `torch.cuda.FloatTensor`, since the optimizers select parameters by that string;
-- process groups asked for with `nccl` use gloo.
+- process groups asked for with `nccl` use gloo;
+- `all_to_all_single` takes split sizes as tensors: Megatron-Core turns them into lists on their way from a GPU only.
 """
 
 import contextlib
@@ -261,6 +262,7 @@ def _redirect_random_state() -> None:
 
 
 def _redirect_process_groups() -> None:
+    import torch
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -286,6 +288,16 @@ def _redirect_process_groups() -> None:
         return barrier(*args, **kwargs)
 
     _replace(dist, "barrier", barrier_without_devices)
+    all_to_all = dist.all_to_all_single
+
+    @functools.wraps(all_to_all)
+    def all_to_all_with_lists(*args: Any, **kwargs: Any) -> Any:
+        for name in ("output_split_sizes", "input_split_sizes"):
+            if isinstance(sizes := kwargs.get(name), torch.Tensor):
+                kwargs[name] = sizes.tolist()
+        return all_to_all(*args, **kwargs)
+
+    _replace(dist, "all_to_all_single", all_to_all_with_lists)
 
 
 def _cpu_autocast_class() -> type:

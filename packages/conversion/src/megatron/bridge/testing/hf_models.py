@@ -26,6 +26,10 @@ def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.add_(spread * torch.randn_like(buffer))
     return model
 
 

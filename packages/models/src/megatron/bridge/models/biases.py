@@ -26,12 +26,12 @@ def with_biases(spec: Any, config: TransformerConfig, attention_output: bool | N
         layers = [with_biases(layer, config, attention_output, mlp) for layer in spec.layer_specs or ()]
         return dataclasses.replace(spec, layer_specs=layers)
     layer = spec.submodules
-    changed = dataclasses.replace(
-        layer,
-        self_attention=_with_bias(layer.self_attention, ("linear_proj",), attention_output),
-        mlp=_with_bias(layer.mlp, ("linear_fc1", "linear_fc2"), mlp),
-    )
-    return dataclasses.replace(spec, submodules=changed)
+    if attention_output != config.add_bias_linear:
+        attention = _with_bias(layer.self_attention, ("linear_proj",), attention_output)
+        layer = dataclasses.replace(layer, self_attention=attention)
+    if mlp != config.add_bias_linear:
+        layer = dataclasses.replace(layer, mlp=_with_bias(layer.mlp, ("linear_fc1", "linear_fc2"), mlp))
+    return dataclasses.replace(spec, submodules=layer)
 
 
 def _with_bias(part: Any, projections: tuple[str, ...], bias: bool) -> Any:

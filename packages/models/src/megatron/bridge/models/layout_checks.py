@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 def layout_problems(provider: "GPTModelProvider") -> list[str]:
     """Every size that the layout cannot divide, in words."""
-    return [*_sizes(provider), *_tensor_parallel(provider), *_pipeline_parallel(provider)]
+    return [*_sizes(provider), *_tensor_parallel(provider), *_pipeline_parallel(provider), *_experts(provider)]
 
 
 def _sizes(provider: "GPTModelProvider") -> Iterator[str]:
@@ -69,6 +69,24 @@ def _pipeline_parallel(provider: "GPTModelProvider") -> Iterator[str]:
             f" x virtual_pipeline_model_parallel_size={virtual} = {parts} parts" if virtual else ""
         )
         yield f"{what} does not divide num_layers={layers}; numbers of parts that do: {_divisors(layers)}"
+
+
+def _experts(provider: "GPTModelProvider") -> Iterator[str]:
+    experts, parts = provider.num_moe_experts, provider.expert_model_parallel_size
+    if experts is None:
+        if parts > 1:
+            yield f"expert_model_parallel_size={parts}: the model has no experts (num_moe_experts); set it to 1"
+        return
+    if parts >= 1 and experts % parts:
+        yield (
+            f"expert_model_parallel_size={parts} does not divide num_moe_experts={experts}; "
+            f"sizes that do: {_divisors(experts)}"
+        )
+    size = provider.expert_tensor_parallel_size or provider.tensor_model_parallel_size
+    ffn = provider.moe_ffn_hidden_size or provider.ffn_hidden_size
+    if size >= 1 and ffn is not None and ffn % size:
+        fitting = _divisors(ffn)
+        yield f"expert_tensor_parallel_size={size} does not divide moe_ffn_hidden_size={ffn}; sizes that do: {fitting}"
 
 
 def _divisors(number: int, listed: int = 12) -> str:

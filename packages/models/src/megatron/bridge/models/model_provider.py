@@ -1,5 +1,6 @@
 """The part of a provider that every kind of model shares: parallel state, wrapping, hooks."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -124,16 +125,28 @@ def _refuse_misfit(sizes: dict[str, Any], world: int) -> None:
             f"(tensor {tensor} x pipeline {pipeline} x context {context}), and the world has {world}; "
             f"start {ranks} ranks (torchrun --nproc-per-node {ranks}), or make the layout smaller"
         )
+    expert = sizes["expert_model_parallel_size"]
+    expert_tensor = sizes["expert_tensor_parallel_size"] or tensor
+    expert_ranks = expert * expert_tensor * pipeline
+    if world % expert_ranks:
+        raise BridgeError(
+            f"the experts need a multiple of {expert_ranks} ranks (expert {expert} x expert tensor {expert_tensor} x "
+            f"pipeline {pipeline}), and the world has {world}; start {math.lcm(ranks, expert_ranks)} ranks, or set "
+            "expert_model_parallel_size and expert_tensor_parallel_size (None follows tensor parallelism) to fit"
+        )
 
 
 def _refuse_other_layout(sizes: dict[str, Any]) -> None:
     from megatron.core import parallel_state
 
+    expert_tensor = sizes["expert_tensor_parallel_size"] or sizes["tensor_model_parallel_size"]
+    sizes = {**sizes, "expert_tensor_parallel_size": expert_tensor}
     built = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
     wrong = [f"{name}={sizes[name]} (built: {size})" for name, size in built.items() if sizes[name] != size]
     if wrong:

@@ -15,9 +15,18 @@ def prepared_chunks(chunks: list[torch.nn.Module], config: TransformerConfig) ->
         for parameter in chunk.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         chunk.to(platform.device())
-    if config.bf16 or config.fp16:
-        return [Float16Module(config, chunk) for chunk in chunks]
-    return chunks
+    if not (config.bf16 or config.fp16):
+        return chunks
+    kept = [(module, module.expert_bias) for chunk in chunks for module in chunk.modules() if _has_routing_bias(module)]
+    wrapped: list[torch.nn.Module] = [Float16Module(config, chunk) for chunk in chunks]
+    for module, bias in kept:
+        # Megatron-Core goes back to fp32 at the first step, when the bits that choose experts are lost already.
+        module.expert_bias = bias
+    return wrapped
+
+
+def _has_routing_bias(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "expert_bias", None), torch.Tensor)
 
 
 def with_ddp(

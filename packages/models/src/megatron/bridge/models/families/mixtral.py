@@ -1,0 +1,39 @@
+"""Mixtral 8x7B and 8x22B (arXiv:2401.04088)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.bridge.conversion.table import WeightRule
+from megatron.bridge.models import moe_fragments as moe
+from megatron.bridge.models.families.dense import SHARED_FIELDS
+from megatron.bridge.models.families.moe import MoEBridge
+from megatron.bridge.models.routing import balancing, softmax_routing
+
+_HF_MOE = "model.layers.{l}.block_sparse_moe"
+
+
+class MixtralBridge(MoEBridge):
+    """`MixtralForCausalLM`: experts in every layer, the chosen ones' weights normalised."""
+
+    shared_fields = SHARED_FIELDS | {
+        "moe_ffn_hidden_size": "intermediate_size",
+        "num_moe_experts": "num_local_experts",
+    }
+
+    def windows(self) -> Sequence[int | None]:
+        return [self.hf_config.sliding_window] * self.hf_config.num_hidden_layers
+
+    def moe_fields(self) -> dict[str, Any]:
+        config = self.hf_config
+        return {
+            **softmax_routing(config.num_experts_per_tok, normalised=True),
+            **balancing(config.router_aux_loss_coef),
+            "moe_input_jitter_eps": config.router_jitter_noise or None,
+        }
+
+    def moe_rules(self) -> list[WeightRule]:
+        return [
+            *moe.moe_norm(),
+            *moe.router(f"{_HF_MOE}.gate"),
+            *moe.experts(f"{_HF_MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
+        ]

@@ -1,0 +1,68 @@
+"""How a mixture of experts weighs its experts, in Megatron-Core's terms.
+
+Hugging Face models differ in where softmax or sigmoid stands, whether the chosen weights are normalised, and what
+scales them; Megatron-Core has a switch for each, and a few combinations it cannot express.
+"""
+
+from typing import Any
+
+from megatron.bridge.errors import BridgeError
+
+
+def softmax_routing(topk: int, *, normalised: bool) -> dict[str, Any]:
+    """Provider fields of softmax over all experts, then the `topk` largest, normalised to sum to one or not.
+
+    Normalising after the choice is softmax over the chosen ones alone, which is how Megatron computes it.
+    """
+    if normalised and topk == 1:
+        raise BridgeError("routing: one expert per token with normalised weights gives every expert the weight 1")
+    return {
+        "moe_router_score_function": "softmax",
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": not normalised,
+    }
+
+
+def sigmoid_routing(
+    topk: int, *, normalised: bool, scaling: float, groups: int | None = None, chosen_groups: int | None = None
+) -> dict[str, Any]:
+    """Provider fields of sigmoid scores, chosen with a bias per expert and weighed without it (arXiv:2412.19437).
+
+    Args:
+        topk: experts per token.
+        normalised: whether the chosen scores are divided by their sum.
+        scaling: factor on the weights.
+        groups, chosen_groups: experts are chosen from the best `chosen_groups` of `groups` only; a group is as good as
+            the sum of its two best experts.
+
+    Raises:
+        BridgeError: Megatron-Core computes this combination otherwise.
+    """
+    if normalised != (topk > 1):
+        raise BridgeError(
+            f"routing: norm_topk_prob={normalised} with {topk} experts per token; "
+            "Megatron-Core normalises sigmoid scores exactly when there are several"
+        )
+    fields: dict[str, Any] = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk": topk,
+        "moe_router_topk_scaling_factor": float(scaling),
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+    }
+    if groups and chosen_groups and chosen_groups < groups:
+        if topk // chosen_groups != 2:
+            raise BridgeError(
+                f"routing: {topk} experts from {chosen_groups} of {groups} groups; Megatron-Core ranks a group by its "
+                f"{topk // chosen_groups} best experts, transformers by its 2 best; they agree at 2 experts per group"
+            )
+        fields |= {"moe_router_num_groups": groups, "moe_router_group_topk": chosen_groups}
+    return fields
+
+
+def balancing(coefficient: float | None) -> dict[str, Any]:
+    """Provider fields of the load-balancing loss, which acts in training only; None or 0 for none."""
+    return {
+        "moe_router_load_balancing_type": "aux_loss" if coefficient else "none",
+        "moe_aux_loss_coeff": float(coefficient or 0.0),
+    }

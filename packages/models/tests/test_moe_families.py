@@ -1,0 +1,285 @@
+"""Mixtures of experts at every layout: transformers' logits, bitwise round trips, and nothing left over."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Dots1Config,
+    ExaoneMoeConfig,
+    Glm4MoeConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    SolarOpenConfig,
+)
+
+from megatron.bridge import AutoBridge
+from megatron.bridge.conversion.live_weights import global_expert
+from megatron.bridge.conversion.logits import megatron_logits
+from megatron.bridge.conversion.plan import PlanError
+from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.verify import relative_difference
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.models import moe_fragments
+from megatron.bridge.models.routing import sigmoid_routing, softmax_routing
+from megatron.bridge.testing import RankFailed, random_model, run_ranks, save_random_model
+
+TP, PP, VPP, EP, ETP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+# ranks, provider fields; experts are divided over tensor-parallel ranks as everything else unless ETP says otherwise
+LAYOUTS = {
+    "single": (1, {}),
+    "tp2": (2, {TP: 2}),
+    "pp2": (2, {PP: 2}),
+    "vpp2": (2, {PP: 2, VPP: 2}),
+    "ep2": (2, {EP: 2}),
+    "ep4": (4, {EP: 4}),
+    "tp2ep2": (4, {TP: 2, EP: 2}),
+    "tp2ep2etp1": (2, {TP: 2, EP: 2, ETP: 1}),
+    "etp2": (2, {ETP: 2}),
+    "pp2ep2": (4, {PP: 2, EP: 2}),
+}
+SIZES = {
+    "vocab_size": 131,  # prime: no tensor-parallel size divides it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "dtype": "float32",
+}
+QWEN = {**SIZES, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+DOTS = {
+    **SIZES,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+EXAONE = {**QWEN, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
+CONFIGS = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
+    "mixtral-window": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=3, sliding_window=5),
+    "qwen2-moe": Qwen2MoeConfig(**QWEN, shared_expert_intermediate_size=48),
+    "qwen2-moe-mixed": Qwen2MoeConfig(
+        **QWEN, shared_expert_intermediate_size=48, norm_topk_prob=True, decoder_sparse_step=2, tie_word_embeddings=True
+    ),
+    "qwen3-moe": Qwen3MoeConfig(**QWEN, head_dim=32, norm_topk_prob=True),
+    "qwen3-moe-mixed": Qwen3MoeConfig(**QWEN, head_dim=16, mlp_only_layers=[0, 3], attention_bias=True),
+    "dots1": Dots1Config(**DOTS),
+    "dots1-groups": Dots1Config(**DOTS, n_group=4, topk_group=2, attention_bias=True),
+    "glm4-moe": Glm4MoeConfig(**DOTS, attention_bias=True, num_nextn_predict_layers=0),
+    "glm4-moe-qk-norm": Glm4MoeConfig(**DOTS, use_qk_norm=True, head_dim=32),
+    "solar-open": SolarOpenConfig(**DOTS, head_dim=32),
+    "exaone-moe": ExaoneMoeConfig(**EXAONE, sliding_window=5, sliding_window_pattern=2),
+    "exaone-moe-full": ExaoneMoeConfig(**EXAONE, sliding_window=5, layer_types=["full_attention"] * 4),
+}
+TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """name -> (folder, its weights, transformers' logits)"""
+    root = tmp_path_factory.mktemp("moe-families")
+    cases = {}
+    for name, config in CONFIGS.items():
+        weights = save_random_model(config, root / name)
+        with torch.no_grad():
+            cases[name] = root / name, weights, random_model(config)(TOKENS).logits
+    return cases
+
+
+def assert_same_weights(name, exported, weights):
+    assert exported.keys() == weights.keys(), name
+    for key, tensor in exported.items():
+        assert torch.equal(tensor, weights[key]), f"{name}: {key}"
+
+
+def compare(folders, layout, spec, root):
+    """In one rank: largest relative difference of the logits by family; weights are asserted bitwise."""
+    differences = {}
+    for name, (folder, weights, reference) in folders.items():
+        bridge = AutoBridge.from_hf_pretrained(folder)
+        model = bridge.to_megatron_model(**layout, layer_spec=spec)
+        logits = megatron_logits(model, TOKENS)[..., : SIZES["vocab_size"]]
+        differences[name] = relative_difference(logits, reference)
+        assert_same_weights(name, dict(bridge.export_hf_weights(model)), weights)
+        if root is not None:
+            bridge.save_megatron_model(model, root / name)
+    return differences
+
+
+@pytest.mark.parametrize(("layout", "spec"), [*((layout, "torch") for layout in LAYOUTS), ("tp2ep2", "local")])
+def test_logits_and_round_trip(folders, layout, spec):
+    ranks, fields = LAYOUTS[layout]
+    differences = run_ranks(ranks, compare, folders, fields, spec, None)[0]
+    assert differences.keys() == CONFIGS.keys()
+    assert max(differences.values()) < 1e-5, differences
+
+
+def reload_and_export(folders, root, layout):
+    for name, (_, weights, _) in folders.items():
+        bridge = AutoBridge.from_megatron_checkpoint(root / name)
+        model = bridge.load_megatron_model(root / name, **layout)
+        assert_same_weights(name, dict(bridge.export_hf_weights(model)), weights)
+    return True
+
+
+@pytest.mark.parametrize(("written", "read"), [("ep2", "pp2"), ("tp2", "ep2"), ("pp2ep2", "tp2ep2")])
+def test_a_checkpoint_written_at_one_layout_exports_at_another(folders, tmp_path, written, read):
+    ranks, fields = LAYOUTS[written]
+    run_ranks(ranks, compare, folders, fields, "torch", tmp_path)
+    ranks, fields = LAYOUTS[read]
+    assert all(run_ranks(ranks, reload_and_export, folders, tmp_path, fields))
+
+
+def delete_each_rule(folder, layout):
+    """In one rank: the error of a load without each rule, by the rule's Megatron name."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    model = bridge.to_megatron_model(load_weights=False, **layout)
+    before = [parameter.clone() for parameter in model[0].parameters()]
+    table, messages = bridge.model_bridge.mapping_registry(), {}
+    for rule in table.rules:
+        rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
+        bridge.model_bridge.mapping_registry = lambda rest=rest: rest
+        with pytest.raises(PlanError) as caught:
+            bridge.load_hf_weights(model)
+        messages[rule.megatron] = str(caught.value)
+    assert all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True))
+    return messages
+
+
+@pytest.mark.parametrize("layout", ["single", "ep2"])
+@pytest.mark.parametrize("name", ["dots1", "mixtral"])
+def test_without_any_one_rule_nothing_is_converted_and_the_weights_are_named(folders, name, layout):
+    ranks, fields = LAYOUTS[layout]
+    bridge = AutoBridge.from_hf_pretrained(folders[name][0])
+    # Messages are cut after a dozen names, the first layer's experts among them.
+    layer = list(bridge.model_bridge.moe_layers()).index(True)
+    for messages in run_ranks(ranks, delete_each_rule, folders[name][0], fields):
+        for rule in bridge.model_bridge.mapping_registry().rules:
+            dense = ".mlp.linear_fc" in rule.megatron
+            indices = {"l": 0 if dense or "self_attention" in rule.megatron else layer, "e": 0}
+            assert rule.pattern.format(indices) in messages[rule.megatron]
+            for hf_name in rule.hf_for(indices):
+                assert hf_name in messages[rule.megatron]
+
+
+@pytest.mark.parametrize(("layout", "share"), [("ep2", 1 / 2), ("ep4", 1 / 4), ("etp2", 1 / 2), ("pp2ep2", 1 / 4)])
+def test_every_rank_reads_only_the_experts_it_holds(folders, layout, share):
+    folder, weights, _ = folders["mixtral"]
+    total = sum(tensor.nbytes for name, tensor in weights.items() if ".experts." in name)
+
+    def bytes_read():
+        from megatron.bridge.conversion.hf import HFWeights
+
+        read, original = [], HFWeights.read
+
+        def counting(self, name, slices=None):
+            tensor = original(self, name, slices)
+            read.append(tensor.nbytes if ".experts." in name else 0)
+            return tensor
+
+        HFWeights.read = counting
+        AutoBridge.from_hf_pretrained(folder).to_megatron_model(**LAYOUTS[layout][1])
+        return sum(read)
+
+    for count in run_ranks(LAYOUTS[layout][0], bytes_read):
+        assert count == share * total
+
+
+def stacked_round_trip(config, folder, state):
+    """In one rank: import of transformers' own state dict, in which experts are stacked, and its export."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    table = bridge.model_bridge.mapping_registry()
+    mlp = "model.layers.{l}.mlp"
+    stacked = moe_fragments.stacked_experts(f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj")
+    others = [rule for rule in table.rules if "{e}" not in rule.megatron]
+    model = bridge.to_megatron_model(load_weights=False, **{EP: 2})
+    bridge.model_bridge.mapping_registry = lambda: WeightTable((*others, *stacked))
+    bridge.load_hf_weights(model, state)
+    exported = dict(bridge.export_hf_weights(model))
+    bridge.model_bridge.mapping_registry = lambda: table
+    return exported, dict(bridge.export_hf_weights(model))
+
+
+def test_stacked_experts_are_the_same_experts(folders):
+    folder, weights, _ = folders["qwen3-moe"]
+    state = random_model(CONFIGS["qwen3-moe"]).state_dict()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in state
+    for stacked, single in run_ranks(2, stacked_round_trip, CONFIGS["qwen3-moe"], folder, state):
+        assert_same_weights("stacked", stacked, state)
+        assert_same_weights("single", single, weights)
+
+
+def test_routing_biases_stay_in_fp32(tmp_path):
+    save_random_model(Dots1Config(**{**DOTS, "dtype": "bfloat16"}), tmp_path / "made")
+    # transformers itself keeps the biases in fp32 when it loads.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.get_buffer(bias).add_(torch.rand(8))
+    model.save_pretrained(tmp_path / "bf16")
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert weights[bias].dtype == torch.float32
+    assert not torch.equal(weights[bias], weights[bias].bfloat16().float())
+
+    def export():
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / "bf16")
+        model = bridge.to_megatron_model(**{EP: 2})
+        bridge.save_hf_pretrained(model, tmp_path / "half", dtype=torch.float16)
+        return dict(bridge.export_hf_weights(model))
+
+    for exported in run_ranks(2, export):
+        assert_same_weights("bf16", exported, weights)
+        assert {name: tensor.dtype for name, tensor in exported.items()} == {n: t.dtype for n, t in weights.items()}
+    half = AutoBridge.from_hf_pretrained(tmp_path / "half").source.weights
+    assert torch.equal(half.read(bias), weights[bias])
+    assert half["lm_head.weight"].dtype == torch.float16
+
+
+def test_experts_of_grouped_modules_have_the_same_names():
+    # Transformer Engine numbers the weights of one module; elsewhere each expert is a module.
+    for own in ("mlp.experts.linear_fc1.weight1", "mlp.experts.local_experts.1.linear_fc1.weight"):
+        assert global_expert(own, 4) == "mlp.experts.experts.5.linear_fc1.weight"
+    assert global_expert("mlp.linear_fc1.weight", 4) == "mlp.linear_fc1.weight"
+    assert global_expert("mlp.shared_experts.linear_fc1.weight", 4) == "mlp.shared_experts.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({EP: 3}, r"expert_model_parallel_size=3 does not divide num_moe_experts=8; sizes that do: 1, 2, 4, 8"),
+        ({ETP: 5}, r"expert_tensor_parallel_size=5 does not divide moe_ffn_hidden_size=96; sizes that do: 1, 2, 3"),
+    ],
+)
+def test_expert_parallelism_that_does_not_fit_says_what_would(folders, fields, message):
+    provider = AutoBridge.from_hf_pretrained(folders["mixtral"][0]).to_megatron_provider()
+    for name, value in fields.items():
+        setattr(provider, name, value)
+    with pytest.raises(BridgeError, match=message):
+        provider.finalize()
+
+
+def test_a_world_that_does_not_fit_the_experts_is_refused(folders):
+    folder, _, _ = folders["mixtral"]
+    with pytest.raises(RankFailed, match=r"experts need a multiple of 4 ranks \(expert 2 x expert tensor 2"):
+        run_ranks(2, lambda: AutoBridge.from_hf_pretrained(folder).to_megatron_model(**{TP: 2, EP: 2}))
+
+
+def test_routing_that_megatron_computes_otherwise_is_refused():
+    with pytest.raises(BridgeError, match="every expert the weight 1"):
+        softmax_routing(1, normalised=True)
+    with pytest.raises(BridgeError, match="norm_topk_prob=False with 4 experts"):
+        sigmoid_routing(4, normalised=False, scaling=1.0)
+    with pytest.raises(BridgeError, match="8 experts from 2 of 4 groups"):
+        sigmoid_routing(8, normalised=True, scaling=1.0, groups=4, chosen_groups=2)
