@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW, Expert, cut_axis
-from megatron.bridge.conversion.transforms import Concatenate, Identity, InMemory, InterleaveGroups, PadRows, whole
+from megatron.bridge.conversion.transforms import (
+    Concatenate,
+    Identity,
+    InMemory,
+    InterleaveGroups,
+    PadRows,
+    Reshaped,
+    Stacked,
+    Transposed,
+    whole,
+)
 
 SIZES = st.integers(1, 5)
 
@@ -20,7 +30,7 @@ def tensors(*shapes):
 def cases(draw):
     """(transform, Hugging Face tensors, Megatron shape)"""
     columns = draw(st.sampled_from([(), (draw(SIZES),)]))
-    kind = draw(st.sampled_from(["identity", "concatenate", "interleave", "pad"]))
+    kind = draw(st.sampled_from(["identity", "concatenate", "interleave", "pad", "stacked", "transposed", "reshaped"]))
     if kind == "identity":
         shape = (draw(SIZES) * 4, *columns)
         return Identity(), tensors(shape), shape
@@ -31,6 +41,17 @@ def cases(draw):
         groups, rows = draw(SIZES), tuple(draw(st.lists(SIZES, min_size=2, max_size=3)))
         shapes = [(groups * row, *columns) for row in rows]
         return InterleaveGroups(rows), tensors(*shapes), (groups * sum(rows), *columns)
+    if kind == "stacked":
+        groups, rows = draw(SIZES), tuple(draw(st.lists(SIZES, min_size=2, max_size=3)))
+        shape = (groups * sum(rows), *columns)
+        return Stacked(InterleaveGroups(rows)), tensors(shape), shape
+    if kind == "transposed":
+        groups, rows, width = draw(SIZES), tuple(draw(st.lists(SIZES, min_size=2, max_size=3))), draw(SIZES)
+        total = groups * sum(rows)
+        return Transposed(Stacked(InterleaveGroups(rows))), tensors((width, total)), (total, width)
+    if kind == "reshaped":
+        shape = (draw(SIZES), draw(SIZES))
+        return Reshaped(shape), tensors(shape), (shape[0] * shape[1],)
     rows, padding = draw(SIZES), draw(st.integers(0, 5))
     return PadRows(rows), tensors((rows, *columns)), (rows + padding, *columns)
 
@@ -64,6 +85,13 @@ def test_interleaving_lays_out_groups_as_megatron_reads_them():
     q, k, v = torch.arange(0, 4), torch.arange(10, 12), torch.arange(20, 22)
     fused = InterleaveGroups((2, 1, 1)).forward([InMemory(t) for t in (q, k, v)], ((0, 8),))
     assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_a_stacked_projection_is_read_part_by_part():
+    fused = torch.tensor([0, 1, 2, 3, 10, 11, 20, 21])
+    transform = Stacked(InterleaveGroups((2, 1, 1)))
+    assert transform.forward([InMemory(fused)], ((0, 8),)).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert transform.forward([InMemory(fused)], ((4, 8),)).tolist() == [2, 3, 11, 21]
 
 
 @pytest.mark.parametrize("rule", [REPLICATED, COLUMN, ROW, GATED_COLUMN, Expert(ROW), Expert(GATED_COLUMN)], ids=str)

@@ -7,6 +7,7 @@ columns that the wanted region of the result needs, so the same code serves a te
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -193,3 +194,105 @@ class PadRows(Transform):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return [megatron[: self.rows]]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows `first` to `first + shape[0]` of a tensor, as a `Readable` of their own."""
+
+    tensor: Readable
+    first: int
+    shape: Shape
+
+    def read(self, region: Region) -> "torch.Tensor":
+        start, stop = region[0]
+        return self.tensor.read(_on_axis(region, 0, self.first + start, self.first + stop))
+
+
+@dataclass(frozen=True)
+class Stacked(Transform):
+    """One Hugging Face tensor that holds, one after another along axis 0, those which `inner` takes.
+
+    A fused `[q; k; v]` projection is `Stacked(InterleaveGroups(...))`.
+    """
+
+    inner: Transform
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        # Stacking keeps the rows; how they divide follows from the model's own shape, which `hf_shapes` checks.
+        return hf[0]
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        parts = self.inner.hf_shapes(megatron)
+        return [(sum(part[0] for part in parts), *parts[0][1:])]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        parts, first = [], 0
+        for shape in self.inner.hf_shapes(hf[0].shape):
+            parts.append(_Rows(hf[0], first, shape))
+            first += shape[0]
+        return self.inner.forward(parts, region)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        import torch
+
+        return [torch.cat(self.inner.inverse(megatron))]
+
+
+@dataclass(frozen=True)
+class _Flipped:
+    """A matrix read as its transpose."""
+
+    matrix: Readable
+
+    @property
+    def shape(self) -> Shape:
+        rows, columns = self.matrix.shape
+        return columns, rows
+
+    def read(self, region: Region) -> "torch.Tensor":
+        rows, columns = region
+        return self.matrix.read((columns, rows)).t()
+
+
+@dataclass(frozen=True)
+class Transposed(Transform):
+    """Matrices stored `[in, out]` on the Hugging Face side (GPT-2's Conv1D); `inner` sees them as `[out, in]`."""
+
+    inner: Transform = Identity()
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return self.inner.megatron_shape([shape[::-1] for shape in hf], megatron)
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [shape[::-1] for shape in self.inner.hf_shapes(megatron)]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        return self.inner.forward([_Flipped(matrix) for matrix in hf], region)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return [part.t() for part in self.inner.inverse(megatron)]
+
+
+@dataclass(frozen=True)
+class Reshaped(Transform):
+    """The same elements in the same order under another shape on the Hugging Face side, e.g. `[heads, size]`.
+
+    Args:
+        shape: the Hugging Face shape of the whole tensor. The Megatron tensor has one axis.
+    """
+
+    shape: Shape
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return (prod(hf[0]),)
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [self.shape]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        ((start, stop),) = region
+        return hf[0].read(whole(self.shape)).flatten()[start:stop]
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return [megatron.reshape(self.shape)]

@@ -2,6 +2,15 @@
 
 from megatron.bridge.platform.engine import import_engine
 from megatron.bridge.platform.launch import RankFailed, run_ranks
+from megatron.bridge.testing.families import FamilyMismatch, check_family
 from megatron.bridge.testing.hf_models import random_model, save_random_model
 
-__all__ = ["RankFailed", "import_engine", "random_model", "run_ranks", "save_random_model"]
+__all__ = [
+    "FamilyMismatch",
+    "RankFailed",
+    "check_family",
+    "import_engine",
+    "random_model",
+    "run_ranks",
+    "save_random_model",
+]

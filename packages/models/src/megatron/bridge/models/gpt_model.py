@@ -1,8 +1,14 @@
 """Megatron-Core's GPT model, with a loss that the padded part of the vocabulary takes no part in."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
+
+from megatron.bridge.models.block_variant import BlockVariant
+from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 
 
 class BridgeGPTModel(GPTModel):
@@ -14,6 +20,33 @@ class BridgeGPTModel(GPTModel):
 
     unpadded_vocab_size: int | None = None
     layer_spec: str | None = None
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
+
+    def apply_variant(self, variant: BlockVariant) -> None:
+        """Take on what a variant says about the model outside its layers' specs."""
+        self.logits_multiplier, self.logits_softcap = variant.logits_multiplier, variant.logits_softcap
+        if self.pre_process and variant.embedding_multiplier != 1.0:
+            self.embedding.register_forward_hook(_Multiplier(variant.embedding_multiplier))
+        if self.post_process and variant.output_bias:
+            self._add_output_bias()
+        for layer in self.decoder.layers:
+            if isinstance(layer, VariantLayer):
+                layer.parallel = variant.parallel_block
+
+    def _add_output_bias(self) -> None:
+        rows = self.output_layer.output_size_per_partition
+        place = next(self.decoder.parameters())
+        bias = torch.nn.Parameter(torch.zeros(rows, dtype=self.config.params_dtype, device=place.device))
+        set_tensor_model_parallel_attributes(bias, True, 0, 1)
+        self.output_layer.bias = bias
+
+    def _scale_logits(self, logits: Tensor) -> Tensor:
+        if self.logits_multiplier != 1.0:
+            logits = logits * self.logits_multiplier
+        if self.logits_softcap is not None:
+            logits = torch.tanh(logits / self.logits_softcap) * self.logits_softcap
+        return super()._scale_logits(logits)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy per token.
@@ -42,3 +75,13 @@ class BridgeGPTModel(GPTModel):
         share = logits.shape[-1]
         first = share * self.pg_collection.tp.rank()
         return torch.arange(first, first + share, device=logits.device) >= held
+
+
+class _Multiplier:
+    """A forward hook that multiplies a module's output by a value in the output's own dtype."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(self.value, dtype=output.dtype, device=output.device)

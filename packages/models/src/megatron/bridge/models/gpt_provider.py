@@ -8,14 +8,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.block_variant import BlockVariant, with_variant
 from megatron.bridge.models.layer_specs import LAYER_SPECS, default_layer_spec
 from megatron.bridge.models.layout_checks import layout_problems
 from megatron.bridge.models.model_provider import ModelProvider
 
 
 @dataclass(kw_only=True)
-class GPTModelProvider(ModelProvider, TransformerConfig):
-    """A GPT model: Megatron-Core's `TransformerConfig` fields, and what `GPTModel` needs besides.
+class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
+    """A GPT model: Megatron-Core's `TransformerConfig` fields, `BlockVariant`'s, and what `GPTModel` needs besides.
 
     The fields stay what the user set: Megatron-Core's checks and derived values are made on a fresh
     `transformer_config()` each time, so any field can be changed at any moment before the model is built.
@@ -106,11 +107,11 @@ class GPTModelProvider(ModelProvider, TransformerConfig):
 
         from megatron.bridge.models.biases import with_biases
         from megatron.bridge.models.gpt_model import BridgeGPTModel
-        from megatron.bridge.models.rotary import apply_rope_parameters
 
         config = self.transformer_config()
         layer_spec = self.layer_spec or default_layer_spec()
         spec = LAYER_SPECS[layer_spec](config, vp_stage=vp_stage)
+        spec = with_variant(spec, config, self)
         spec = with_biases(spec, config, self.add_attention_output_bias, self.add_mlp_bias)
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -134,9 +135,19 @@ class GPTModelProvider(ModelProvider, TransformerConfig):
         )
         model.unpadded_vocab_size = self.vocab_size
         model.layer_spec = layer_spec
-        if self.rope_parameters is not None:
-            apply_rope_parameters(model, self.rope_parameters, self.max_position_embeddings or self.seq_length)
+        model.apply_variant(self)
+        self._turn_positions(model)
         return model
+
+    def _turn_positions(self, model: torch.nn.Module) -> None:
+        """Replace the model's plain RoPE where it is scaled, or differs between layers."""
+        from megatron.bridge.models.rotary import apply_layer_rope_parameters, apply_rope_parameters
+
+        positions = self.max_position_embeddings or self.seq_length
+        if self.layer_rope_parameters is not None:
+            apply_layer_rope_parameters(model, self.layer_rope_parameters, positions)
+        elif self.rope_parameters is not None:
+            apply_rope_parameters(model, self.rope_parameters, positions)
 
     def replace(self, **changes: Any) -> "GPTModelProvider":
         """A copy with some fields changed; the hooks registered on this one are not carried over."""

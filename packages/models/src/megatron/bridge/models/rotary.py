@@ -39,6 +39,39 @@ def apply_rope_parameters(model: Any, rope_parameters: dict[str, Any], max_posit
             module._yarn_concentration_factor = rotary.attention_factor
 
 
+def apply_layer_rope_parameters(
+    model: Any, layer_parameters: list[dict[str, Any]], max_position_embeddings: int
+) -> None:
+    """Give every layer of a model its own rotary embedding; layers with equal parameters share one.
+
+    Args:
+        model: a GPT model chunk that uses RoPE, of `VariantLayer`s.
+        layer_parameters: `rope_parameters` of every layer of the whole model.
+        max_position_embeddings: positions the Hugging Face configuration states.
+
+    Raises:
+        BridgeError: as `apply_rope_parameters`.
+    """
+    kinds: list[dict[str, Any]] = []
+    for parameters in layer_parameters:
+        if parameters not in kinds:
+            kinds.append(parameters)
+    size, percent = model.config.kv_channels, model.rotary_percent
+    frequencies = [_ScaledFrequencies(kind, max_position_embeddings, size, percent) for kind in kinds]
+    plain: RotaryEmbedding = model.rotary_pos_emb
+    model.rotary_pos_emb = _RotaryEmbeddingByKind(plain, [_ScaledRotaryEmbedding(plain, each) for each in frequencies])
+    for layer in model.decoder.layers:
+        layer.rope_kind = kinds.index(layer_parameters[layer.layer_number - 1])
+        layer.self_attention._yarn_concentration_factor = frequencies[layer.rope_kind].attention_factor
+
+
+def _plain_frequencies(config: Any, device: torch.device, seq_len: int | None = None) -> tuple[Tensor, float]:
+    """RoPE as first described (arXiv:2104.09864)."""
+    turned = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+    exponents = torch.arange(0, turned, 2, dtype=torch.float32, device=device) / turned
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+
 class _ScaledFrequencies:
     """inv_freq [rotary dimension / 2] for a sequence length, and the factor on cosine and sine."""
 
@@ -47,12 +80,13 @@ class _ScaledFrequencies:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         self.rope_type = str(rope_parameters.get("rope_type"))
-        if self.rope_type not in ROPE_INIT_FUNCTIONS:
+        functions: dict[str, Any] = {**ROPE_INIT_FUNCTIONS, "default": _plain_frequencies}
+        if self.rope_type not in functions:
             raise BridgeError(
                 f"rope_parameters: rope_type {self.rope_type!r} is unknown"
-                f"{did_you_mean(self.rope_type, ROPE_INIT_FUNCTIONS)} (known: {', '.join(sorted(ROPE_INIT_FUNCTIONS))})"
+                f"{did_you_mean(self.rope_type, functions)} (known: {', '.join(sorted(functions))})"
             )
-        self._function: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[self.rope_type]
+        self._function: Callable[..., tuple[Tensor, float]] = functions[self.rope_type]
         self._config = PretrainedConfig()
         self._config.rope_parameters = {"partial_rotary_factor": rotary_percent, **rope_parameters}
         # One head of the right size is all that the formulas ask of the model.
@@ -84,3 +118,16 @@ class _ScaledRotaryEmbedding(RotaryEmbedding):
         if self._frequencies.rope_type in _BY_LENGTH:
             self.inv_freq = self._frequencies.for_length(max_seq_len)[0].to(self.inv_freq.device)
         return super().get_emb(max_seq_len, offset)
+
+
+class _RotaryEmbeddingByKind(RotaryEmbedding):
+    """Several rotary embeddings, stacked as `[kinds, sequence, 1, 1, size]`."""
+
+    def __init__(self, plain: RotaryEmbedding, kinds: list[_ScaledRotaryEmbedding]) -> None:
+        nn.Module.__init__(self)
+        self.cp_group = plain.cp_group
+        self.inv_freq = plain.inv_freq
+        self.kinds = nn.ModuleList(kinds)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.stack([kind(*args, **kwargs) for kind in self.kinds])

@@ -1,22 +1,17 @@
-"""Decoders of the Llama layout: what their configurations mean to Megatron, and the table they share."""
+"""Decoders with one MLP per layer: what their configurations mean to Megatron, and the table they share."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion import hf_config
 from megatron.bridge.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.conversion.table import WeightTable
-from megatron.bridge.errors import BridgeError, did_you_mean
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.models import fragments
+from megatron.bridge.models.families.activations import activation
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from megatron.bridge.models.gpt_provider import GPTModelProvider
-
-_GATED_ACTIVATIONS = {"silu": torch.nn.functional.silu, "swish": torch.nn.functional.silu}
 
 # Megatron field <- Hugging Face field, the same value on both sides; read in both directions.
 SHARED_FIELDS: dict[str, str] = {
@@ -34,10 +29,20 @@ SHARED_FIELDS: dict[str, str] = {
 }
 
 
+def shared_fields(without: Sequence[str] = (), **changes: str) -> dict[str, str]:
+    """`SHARED_FIELDS` with other Hugging Face names for some, and without those that the configuration lacks."""
+    return {field: name for field, name in {**SHARED_FIELDS, **changes}.items() if field not in without}
+
+
 class DenseBridge(MegatronModelBridge):
-    """RMSNorm before attention and a gated MLP; subclasses say where their family differs."""
+    """The Llama layout: RMSNorm before attention and a gated MLP; subclasses say where their family differs."""
 
     shared_fields = SHARED_FIELDS
+    names: ClassVar[fragments.HFNames] = fragments.LLAMA_NAMES
+    normalization: ClassVar[str] = "RMSNorm"
+    norm_kinds: ClassVar[tuple[str, ...]] = fragments.WEIGHT
+    gated: ClassVar[bool] = True
+    activation_field: ClassVar[str] = "hidden_act"
 
     def qkv_bias(self) -> bool:
         return False
@@ -53,66 +58,93 @@ class DenseBridge(MegatronModelBridge):
 
     def windows(self) -> Sequence[int | None]:
         """Per layer, how many positions attention sees (its own included), or None for all."""
-        return [None] * self.hf_config.num_hidden_layers
+        return windows_by_layer_type(self.hf_config)
+
+    def differences(self) -> Mapping[str, Any]:
+        """Provider fields, `BlockVariant`'s among them, in which the family departs from the Llama layout."""
+        return {}
+
+    def rope_fields(self) -> dict[str, Any]:
+        """Provider fields about positions."""
+        rope = hf_config.rope(self.hf_config)
+        return {
+            "rotary_base": rope.theta,
+            "rotary_percent": rope.percent,
+            "rope_parameters": dict(rope.scaling) if rope.scaling else None,
+        }
 
     def provider_bridge(self) -> "GPTModelProvider":
         from megatron.bridge.models.gpt_provider import GPTModelProvider
 
         config = self.hf_config
-        rope = hf_config.rope(config)
-        return GPTModelProvider(
+        fields: dict[str, Any] = {
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
             **self.shared_values(),
             **window_fields(self.windows()),
-            kv_channels=hf_config.head_dim(config),
-            seq_length=config.max_position_embeddings,
-            normalization="RMSNorm",
-            activation_func=gated_activation(config),
-            gated_linear_unit=True,
-            hidden_dropout=0.0,
-            add_bias_linear=False,
-            add_qkv_bias=self.qkv_bias(),
-            add_attention_output_bias=self.output_bias(),
-            add_mlp_bias=self.mlp_bias(),
-            qk_layernorm=self.qk_norm(),
-            rotary_base=rope.theta,
-            rotary_percent=rope.percent,
-            rope_parameters=dict(rope.scaling) if rope.scaling else None,
-        )
+            **self.rope_fields(),
+            "kv_channels": hf_config.head_dim(config),
+            "seq_length": getattr(config, self.shared_fields["max_position_embeddings"]),
+            "normalization": self.normalization,
+            "norm_weight": "weight" in self.norm_kinds,
+            "norm_bias": self.normalization == "RMSNorm" or "bias" in self.norm_kinds,
+            "activation_func": activation(getattr(config, self.activation_field)),
+            "gated_linear_unit": self.gated,
+            "add_bias_linear": False,
+            "add_qkv_bias": self.qkv_bias(),
+            "add_attention_output_bias": self.output_bias(),
+            "add_mlp_bias": self.mlp_bias(),
+            "qk_layernorm": self.qk_norm(),
+        }
+        return GPTModelProvider(**{**fields, **self.differences()})
 
     def mapping_registry(self) -> WeightTable:
-        config = self.hf_config
+        config, names, differences = self.hf_config, self.names, self.differences()
         tied = bool(config.tie_word_embeddings)
+        shared = bool(differences.get("shared_pre_norm"))
+        mlp = fragments.gated_mlp if self.gated else fragments.plain_mlp
+        heads = config.num_attention_heads
         return WeightTable.of(
-            fragments.embedding(config.vocab_size),
-            fragments.pre_norms(),
+            fragments.embedding(config.vocab_size, names),
+            fragments.pre_norms(self.norm_kinds, shared=shared, names=names)
+            if differences.get("pre_norm", True)
+            else [],
             fragments.attention(
-                heads=config.num_attention_heads,
-                groups=config.num_key_value_heads,
+                heads=heads,
+                groups=differences.get("num_query_groups") or getattr(config, "num_key_value_heads", None) or heads,
                 head_dim=hf_config.head_dim(config),
                 qkv_bias=self.qkv_bias(),
                 output_bias=self.output_bias(),
                 qk_norm=self.qk_norm(),
+                qk_norm_kinds=self.norm_kinds if differences.get("qk_norm_over") is None else fragments.WEIGHT,
+                qk_norm_after_rope=bool(differences.get("qk_norm_after_rope")),
+                names=names,
             ),
-            fragments.gated_mlp(bias=self.mlp_bias()),
-            fragments.head(config.vocab_size, tied=tied),
-            tied=fragments.tied_head(tied=tied),
-            # Frequencies that checkpoints made before transformers 4.32 stored; they follow from the configuration.
-            ignored=("model.layers.{l}.self_attn.rotary_emb.inv_freq",),
+            fragments.post_norms(self.norm_kinds, names=names) if differences.get("post_norm") else [],
+            mlp(bias=self.mlp_bias(), names=names),
+            fragments.head(
+                config.vocab_size,
+                tied=tied,
+                norm=self.norm_kinds,
+                bias=bool(differences.get("output_bias")),
+                names=names,
+            ),
+            tied=fragments.tied_head(tied=tied, names=names),
+            ignored=self.ignored(),
         )
 
+    def ignored(self) -> tuple[str, ...]:
+        """Hugging Face weights that carry nothing: frequencies that transformers stored before 4.32."""
+        return (f"{self.names.layer}.self_attn.rotary_emb.inv_freq",)
 
-def gated_activation(config: "PretrainedConfig") -> Any:
-    """The activation on the gate.
 
-    Raises:
-        BridgeError: no Megatron counterpart is known for `hidden_act`.
-    """
-    if config.hidden_act not in _GATED_ACTIVATIONS:
-        raise BridgeError(
-            f"config.json: hidden_act {config.hidden_act!r} is not supported in this family"
-            f"{did_you_mean(config.hidden_act, _GATED_ACTIVATIONS)} (known: {', '.join(_GATED_ACTIVATIONS)})"
-        )
-    return _GATED_ACTIVATIONS[config.hidden_act]
+def windows_by_layer_type(config: Any) -> Sequence[int | None]:
+    """Attention windows of a configuration whose `layer_types` say which layers have one."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise BridgeError(f"config.json: layer_types {unknown} are not supported in this family")
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def window_fields(windows: Sequence[int | None]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115)."""
 
-from collections.abc import Sequence
-
 from megatron.bridge.models.families.dense import DenseBridge
 
 
@@ -10,7 +8,3 @@ class Qwen2Bridge(DenseBridge):
 
     def qkv_bias(self) -> bool:
         return True
-
-    def windows(self) -> Sequence[int | None]:
-        config = self.hf_config
-        return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]

@@ -98,8 +98,7 @@ class SDPAttention(MegatronModule):
             return blocked_causal_attention(query, key, value, self.softmax_scale)
         seen = None
         if not plain_causal:
-            band = _band(queries, keys, causal, self.window, query.device)
-            seen = band if hidden is None else ~hidden if band is None else band & ~hidden
+            seen = self.visible(queries, keys, hidden, query.device)
         with self._dropout_generator() as probability:
             return scaled_dot_product_attention(
                 query,
@@ -111,6 +110,12 @@ class SDPAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
+
+    def visible(self, queries: int, keys: int, hidden: Tensor | None, device: torch.device) -> Tensor | None:
+        """True where a query sees a key, broadcast to `[batch, heads, queries, keys]`; None: all do."""
+        causal = self.attn_mask_type in _CAUSAL and queries > 1
+        band = _band(queries, keys, causal, self.window, device)
+        return band if hidden is None else ~hidden if band is None else band & ~hidden
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """Each document attends to itself alone; padding between and behind documents comes out as zeros."""

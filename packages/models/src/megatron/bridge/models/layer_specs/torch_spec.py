@@ -16,7 +16,6 @@ _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "context_parallel_size": ((1,), "use layer_spec='transformer_engine', or tensor and pipeline parallelism"),
     "multi_latent_attention": ((False,), "use layer_spec='transformer_engine'"),
     "normalization": (tuple(NORMS), "use layer_spec='transformer_engine'"),
-    "layernorm_zero_centered_gamma": ((False,), "add 1 to the norms' weights and set it to False"),
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "memory_efficient_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "apply_query_key_layer_scaling": ((False,), "scores are in fp32 here, which it is for; set it to False"),

@@ -1,0 +1,201 @@
+"""The family test kit: a family against transformers at several parallel layouts, in three lines.
+
+from megatron.bridge.testing import check_family
+
+def test_my_family():
+    check_family(MyConfig(hidden_size=64, ...))
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.platform.launch import run_ranks
+from megatron.bridge.testing.hf_models import random_model, save_random_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+_TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+_VPP = "virtual_pipeline_model_parallel_size"
+
+# Name -> the provider fields that make the layout.
+LAYOUTS: dict[str, dict[str, int]] = {
+    "single": {},
+    "tp2": {_TP: 2},
+    "pp2": {_PP: 2},
+    "vpp2": {_PP: 2, _VPP: 2},
+    "tp2pp2": {_TP: 2, _PP: 2},
+    "tp4": {_TP: 4},
+}
+EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
+
+
+class FamilyMismatch(AssertionError):
+    """A family does not compute or convert what transformers does; the message names it, the layout and the weight."""
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """A tiny random model of a family.
+
+    Args:
+        name: of the case, for messages.
+        folder: its Hugging Face folder.
+        weights: what the folder's files hold.
+        tokens: token ids [batch, sequence].
+        logits: transformers' logits of `tokens`, [batch, sequence, vocabulary].
+    """
+
+    name: str
+    folder: Path
+    weights: "Mapping[str, torch.Tensor]"
+    tokens: "torch.Tensor"
+    logits: "torch.Tensor"
+
+
+def family_case(config: "PretrainedConfig", folder: Path, name: str | None = None, length: int = 24) -> FamilyCase:
+    """Save a random model of `config` to `folder`, with transformers' answer to two random rows of tokens.
+
+    Args:
+        config: of a model that is small enough for a test, in float32.
+        folder: where to save it.
+        name: for messages; None takes the configuration's class.
+        length: tokens per row.
+    """
+    import torch
+
+    weights = save_random_model(config, folder)
+    tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits = random_model(config)(tokens).logits
+    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits)
+
+
+def check_family(
+    config: "PretrainedConfig",
+    *,
+    layouts: Iterable[str] = EVERYWHERE,
+    layer_spec: str | None = "torch",
+    tolerance: float = 1e-5,
+) -> dict[str, float]:
+    """Prove a family on a tiny random model of `config`.
+
+    At every layout: transformers' logits, and the very weights that were read on the way out. On one rank besides:
+    without any one rule of its table nothing is converted, and the error names the weights.
+
+    Args:
+        config: of a model that is small enough for a test, in float32.
+        layouts: names in `LAYOUTS`.
+        layer_spec: layer spec to build with; None takes the machine's default.
+        tolerance: largest difference of a logit, relative to the largest logit.
+
+    Returns:
+        The largest relative difference of the logits by layout.
+
+    Raises:
+        FamilyMismatch: what differs, and where.
+        BridgeError: the family is not offered, or refuses the configuration.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        case = family_case(config, Path(folder))
+        found = {layout: compare([case], layout, layer_spec, tolerance)[case.name] for layout in layouts}
+        run_ranks(1, refuse_without_any_rule, case, timeout=120)
+    return found
+
+
+def compare(
+    cases: Sequence[FamilyCase], layout: str, layer_spec: str | None = "torch", tolerance: float = 1e-5
+) -> dict[str, float]:
+    """Compare several families at one layout, all in the same ranks.
+
+    Returns:
+        The largest relative difference of the logits by case.
+
+    Raises:
+        FamilyMismatch: some case's logits differ by more than `tolerance`, or a weight comes back changed.
+    """
+    sizes = LAYOUTS[layout]
+    ranks = sizes.get(_TP, 1) * sizes.get(_PP, 1)
+    found: dict[str, float] = run_ranks(ranks, _compare_in_rank, cases, sizes, layer_spec, timeout=600)[0]
+    above = {name: difference for name, difference in found.items() if not difference < tolerance}
+    if above:
+        raise FamilyMismatch(f"{layout}, layer spec {layer_spec}: logits differ from transformers' by {above}")
+    return found
+
+
+def _compare_in_rank(
+    cases: Sequence[FamilyCase], layout: Mapping[str, Any], layer_spec: str | None
+) -> dict[str, float]:
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.logits import megatron_logits
+    from megatron.bridge.conversion.verify import relative_difference
+
+    found = {}
+    for case in cases:
+        bridge = AutoBridge.from_hf_pretrained(case.folder)
+        model = bridge.to_megatron_model(**layout, layer_spec=layer_spec)
+        logits = megatron_logits(model, case.tokens)[..., : case.logits.shape[-1]]
+        found[case.name] = relative_difference(logits, case.logits)
+        expect_same_weights(case, bridge.export_hf_weights(model))
+    return found
+
+
+def expect_same_weights(case: FamilyCase, exported: "Iterator[tuple[str, torch.Tensor]]") -> None:
+    """Compare an export with the folder's own weights, bit for bit.
+
+    Raises:
+        FamilyMismatch: names that are missing, unexpected or changed.
+    """
+    import torch
+
+    held = dict(exported)
+    changed = [name for name in held.keys() & case.weights.keys() if not torch.equal(held[name], case.weights[name])]
+    faults = {
+        "missing": sorted(case.weights.keys() - held.keys()),
+        "unexpected": sorted(held.keys() - case.weights.keys()),
+        "changed": sorted(changed),
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise FamilyMismatch(f"{case.name}: the exported weights are not those that were read ({told})")
+
+
+def refuse_without_any_rule(case: FamilyCase) -> int:
+    """Leave out each rule of the family's table in turn: nothing may be converted. To be run in one rank.
+
+    Returns:
+        How many rules there are.
+
+    Raises:
+        FamilyMismatch: an import went through, touched the model, or did not name the weights of the missing rule.
+    """
+    import torch
+
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.plan import PlanError
+    from megatron.bridge.conversion.table import WeightTable
+
+    bridge = AutoBridge.from_hf_pretrained(case.folder)
+    model = bridge.to_megatron_model(load_weights=False)
+    before = [parameter.clone() for parameter in model[0].parameters()]
+    table = bridge.model_bridge.mapping_registry()
+    for rule in table.rules:
+        rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
+        bridge.model_bridge.mapping_registry = lambda rest=rest: rest  # type: ignore[method-assign, misc]
+        try:
+            bridge.load_hf_weights(model)
+        except PlanError as error:
+            message = str(error)
+        else:
+            raise FamilyMismatch(f"{case.name}: the import went through without the rule for {rule.megatron}")
+        first = dict.fromkeys(rule.pattern.indices, 0)
+        unnamed = [name for name in (rule.pattern.format(first), *rule.hf_for(first)) if name not in message]
+        if unnamed:
+            raise FamilyMismatch(f"{case.name}: without its rule, {', '.join(unnamed)} is not named in: {message}")
+    if not all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True)):
+        raise FamilyMismatch(f"{case.name}: a refused import has changed the model")
+    return len(table.rules)

@@ -1,0 +1,188 @@
+"""Ways in which decoders depart from Megatron-Core's own block: fields of a provider, and changes to a layer spec."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
+from megatron.bridge.models.layer_specs.norms import ProjectionNorm, RowParallelLinearWithNorm, torch_norm
+from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
+from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
+
+type Builder = Callable[..., Any]
+
+
+@dataclass(kw_only=True)
+class BlockVariant:
+    """What `TransformerConfig` cannot say about a decoder. The defaults are Megatron-Core's own block.
+
+    Args:
+        pre_norm: norms before attention and before the MLP.
+        post_norm: norms on what attention and the MLP give, before the residual is added.
+        norm_weight, norm_bias: whether norms have weights, and LayerNorms biases.
+        parallel_block: attention and MLP read the same input, and both are added to it.
+        shared_pre_norm: in a parallel block, the MLP reads attention's norm and has none of its own.
+        qk_norm_over: what a norm of queries and keys spans: each head's `channels` with weights that all heads share;
+            the same with weights per head (`heads`); or the whole `projection`.
+        qk_norm_after_rope: the norm of queries and keys follows the rotation.
+        query_temperature: (beta, positions): a query at position p is multiplied by 1 + beta * log(1 + p // positions).
+        attention_softcap: scores s become cap * tanh(s / cap).
+        embedding_multiplier: factor on the token embeddings, rounded to their dtype.
+        residual_multiplier: factor on what attention and the MLP add to the residual.
+        logits_multiplier: factor on the logits.
+        logits_softcap: logits l become cap * tanh(l / cap).
+        output_bias: bias of the output layer.
+        layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
+    """
+
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_weight: bool = True
+    norm_bias: bool = True
+    parallel_block: bool = False
+    shared_pre_norm: bool = False
+    qk_norm_over: Literal["channels", "heads", "projection"] = "channels"
+    qk_norm_after_rope: bool = False
+    query_temperature: tuple[float, int] | None = None
+    attention_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
+    output_bias: bool = False
+    layer_rope_parameters: list[dict[str, Any]] | None = None
+
+
+def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) -> Any:
+    """The decoder's spec with the variant's changes.
+
+    Raises:
+        BridgeError: the spec's modules cannot be changed so; only those of the layer spec `torch` can.
+    """
+    if _is_plain(variant):
+        return spec
+    if not isinstance(spec, TransformerBlockSubmodules):
+        raise BridgeError("the layer spec gives no block of layers to change; use layer_spec='torch'")
+    if config.recompute_granularity == "selective" and variant.parallel_block:
+        raise BridgeError(
+            "a parallel block has no selective recomputation; set recompute_granularity to 'full' or None"
+        )
+    layers = [
+        dataclasses.replace(layer, module=VariantLayer, submodules=_layer(layer.submodules, config, variant))
+        for layer in spec.layer_specs or ()
+    ]
+    return dataclasses.replace(spec, layer_specs=layers, layer_norm=_norm(spec.layer_norm, variant))
+
+
+def _is_plain(variant: BlockVariant) -> bool:
+    """Whether the layers are Megatron-Core's own."""
+    of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
+    fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
+    return all(getattr(variant, field.name) == field.default for field in fields)
+
+
+def _layer(
+    layer: TransformerLayerSubmodules, config: TransformerConfig, variant: BlockVariant
+) -> TransformerLayerSubmodules:
+    norms = [_norm(norm, variant) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
+    if not variant.pre_norm:
+        norms = [IdentityOp, IdentityOp]
+    if variant.shared_pre_norm:
+        norms[1] = IdentityOp
+    attention, mlp = _attention(layer.self_attention, config, variant), layer.mlp
+    bdas = [layer.self_attn_bda, layer.mlp_bda]
+    if variant.post_norm:
+        norm = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
+        attention = _changed(attention, linear_proj=lambda builder: _with_post_norm(builder, norm))
+        mlp = _changed(mlp, linear_fc2=lambda builder: _with_post_norm(builder, norm))
+    if variant.residual_multiplier != 1.0:
+        bdas = [_scaled(bda, variant.residual_multiplier) for bda in bdas]
+    return dataclasses.replace(
+        layer,
+        input_layernorm=norms[0],
+        pre_mlp_layernorm=norms[1],
+        self_attention=attention,
+        mlp=mlp,
+        self_attn_bda=bdas[0],
+        mlp_bda=bdas[1],
+    )
+
+
+def _norm(builder: Any, variant: BlockVariant) -> Any:
+    if variant.norm_weight and variant.norm_bias:
+        return builder
+    if builder is not torch_norm:
+        raise _needs_torch("norms without weights or biases")
+    return functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
+
+
+def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> Any:
+    params: dict[str, Any] = {}
+    if variant.attention_softcap is not None:
+        params["softcap"] = variant.attention_softcap
+    if variant.query_temperature is not None:
+        params["temperature"] = variant.query_temperature
+    if variant.qk_norm_after_rope:
+        params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
+        part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)
+    elif config.qk_layernorm and variant.qk_norm_over != "channels":
+        heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        over = functools.partial(ProjectionNorm, whole=variant.qk_norm_over == "projection")
+        q, k = (functools.partial(over, heads=number) for number in heads)
+        part = _changed(part, q_layernorm=lambda builder: q, k_layernorm=lambda builder: k)
+    elif config.qk_layernorm:
+        part = _changed(
+            part, q_layernorm=lambda norm: _norm(norm, variant), k_layernorm=lambda norm: _norm(norm, variant)
+        )
+    return _changed(part, core_attention=lambda core: _core_attention(core, params)) if params else part
+
+
+def _core_attention(builder: Any, params: dict[str, Any]) -> ModuleSpec:
+    if builder is not SDPAttention:
+        raise _needs_torch(f"attention with {', '.join(params)}")
+    return ModuleSpec(module=VariantAttention, params=params)
+
+
+def _with_post_norm(builder: Any, norm: Builder) -> Any:
+    if builder is not RowParallelLinear:
+        raise _needs_torch("norms behind attention and MLP")
+    return functools.partial(RowParallelLinearWithNorm, norm=norm)
+
+
+def _scaled(get_bias_dropout_add: Any, factor: float) -> Any:
+    """Megatron-Core's bias-dropout-add with a factor on what is added to the residual."""
+
+    def get(training: bool, fused: bool) -> Any:
+        add = get_bias_dropout_add(training, fused)
+
+        def scale_and_add(output_with_bias: Any, residual: Any, probability: float) -> Any:
+            output, bias = output_with_bias
+            return add((output * factor, None if bias is None else bias * factor), residual, probability)
+
+        return scale_and_add
+
+    return get
+
+
+def _changed(part: Any, **changes: Builder) -> Any:
+    """A part's spec (attention's `ModuleSpec`, or the MLP's `partial`) with some submodules changed."""
+    submodules = part.submodules if isinstance(part, ModuleSpec) else part.keywords["submodules"]
+    values = {name: change(getattr(submodules, name)) for name, change in changes.items()}
+    changed = dataclasses.replace(submodules, **values)
+    if isinstance(part, ModuleSpec):
+        return dataclasses.replace(part, submodules=changed)
+    return functools.partial(part.func, *part.args, **{**part.keywords, "submodules": changed})
+
+
+def _needs_torch(what: str) -> BridgeError:
+    return BridgeError(f"the model has {what}, which this layer spec's modules cannot do; use layer_spec='torch'")
