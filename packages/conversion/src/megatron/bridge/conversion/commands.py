@@ -1,4 +1,4 @@
-"""`megatron-bridge convert import|export` and `megatron-bridge verify`."""
+"""`megatron-bridge convert import|export|diff`, `megatron-bridge inspect` and `megatron-bridge verify`."""
 
 import json
 import time
@@ -27,6 +27,17 @@ def layout_fields(tp: int, pp: int, vpp: int | None) -> dict[str, Any]:
     return fields | ({"virtual_pipeline_model_parallel_size": vpp} if vpp else {})
 
 
+def offline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for converting without a model."""
+    options = (
+        click.option("--offline", is_flag=True, help="Convert from files to files, without a model; can be resumed."),
+        click.option("--workers", type=click.IntRange(1), help="Files written at the same time, with --offline."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group()
 def convert() -> None:
     """Convert between Hugging Face folders and Megatron checkpoints."""
@@ -36,17 +47,34 @@ def convert() -> None:
 @click.argument("hf_model")
 @click.argument("megatron_path", type=click.Path(path_type=Path))
 @layout_options
+@offline_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the configuration code that the model ships.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
-def import_command(hf_model: str, megatron_path: Path, tp: int, pp: int, vpp: int | None, **options: Any) -> None:
+def import_command(
+    hf_model: str,
+    megatron_path: Path,
+    tp: int,
+    pp: int,
+    vpp: int | None,
+    offline: bool,
+    workers: int | None,
+    **options: Any,
+) -> None:
     """Convert HF_MODEL (folder or hub id) to a Megatron checkpoint at MEGATRON_PATH.
 
-    The checkpoint loads at any layout; --tp and --pp only spread the work over processes of this machine.
+    The checkpoint loads at any layout; --tp and --pp only spread the work over processes of this machine, --workers
+    over threads.
     """
+    _refuse_contradiction(offline, workers, tp, pp, vpp)
     _refuse_existing_checkpoint(megatron_path, options["overwrite"])
     started = time.perf_counter()
-    _run(tp * pp, _import, hf_model, megatron_path, options | layout_fields(tp, pp, vpp))
+    if offline:
+        from megatron.bridge.conversion.offline import import_checkpoint
+
+        import_checkpoint(hf_model, megatron_path, workers=workers or 1, **options)
+    else:
+        _run(tp * pp, _import, hf_model, megatron_path, options | layout_fields(tp, pp, vpp))
     _say(f"{hf_model} -> {megatron_path} in {time.perf_counter() - started:.1f} s")
 
 
@@ -54,15 +82,61 @@ def import_command(hf_model: str, megatron_path: Path, tp: int, pp: int, vpp: in
 @click.argument("megatron_path", type=click.Path(path_type=Path))
 @click.argument("hf_path", type=click.Path(path_type=Path))
 @layout_options
+@offline_options
 @click.option("--hf-model", help="Which Hugging Face model it is, for checkpoints that do not say.")
 @click.option("--overwrite", is_flag=True, help="Replace a Hugging Face folder that is there.")
 def export_command(
-    megatron_path: Path, hf_path: Path, tp: int, pp: int, vpp: int | None, hf_model: str | None, overwrite: bool
+    megatron_path: Path,
+    hf_path: Path,
+    tp: int,
+    pp: int,
+    vpp: int | None,
+    offline: bool,
+    workers: int | None,
+    hf_model: str | None,
+    overwrite: bool,
 ) -> None:
     """Convert the Megatron checkpoint at MEGATRON_PATH to a complete Hugging Face folder HF_PATH."""
+    _refuse_contradiction(offline, workers, tp, pp, vpp)
     started = time.perf_counter()
-    _run(tp * pp, _export, megatron_path, hf_path, hf_model, {"overwrite": overwrite, **layout_fields(tp, pp, vpp)})
+    if offline:
+        from megatron.bridge.conversion.offline import export_checkpoint
+
+        export_checkpoint(megatron_path, hf_path, hf_model=hf_model, workers=workers or 1, overwrite=overwrite)
+    else:
+        _run(tp * pp, _export, megatron_path, hf_path, hf_model, {"overwrite": overwrite, **layout_fields(tp, pp, vpp)})
     _say(f"{megatron_path} -> {hf_path} in {time.perf_counter() - started:.1f} s")
+
+
+@convert.command("diff")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def diff_command(first: Path, second: Path, as_json: bool) -> None:
+    """Compare two models, each a Hugging Face folder or a Megatron checkpoint: names, shapes, dtypes, values.
+
+    Exits with 1 when they differ.
+    """
+    from megatron.bridge.conversion.diff import as_text, diff
+
+    result = diff(first, second)
+    click.echo(json.dumps(result.to_json(), indent=2) if as_json else as_text(result))
+    if not result.same:
+        click.get_current_context().exit(1)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one entry per weight.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the configuration code that the model ships.")
+def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
+    """Show what becomes what: MODEL is a Hugging Face folder, a hub id or a Megatron checkpoint."""
+    from megatron.bridge.conversion import inspection
+
+    rows = inspection.inspect_plan(model, trust_remote_code=trust_remote_code)
+    click.echo(json.dumps(inspection.as_json(rows), indent=2) if as_json else inspection.as_table(rows))
+    if not as_json:
+        click.echo(f"{len(rows)} Megatron weights, {sum(row.nbytes for row in rows) / 1e9:.3f} GB")
 
 
 @click.command()
@@ -132,6 +206,13 @@ def _verify(hf_folder: Path, megatron_path: Path | None, layer_spec: str | None,
 
     result = compare(hf_folder, megatron_path=megatron_path, layer_spec=layer_spec, **layout)
     return result if is_rank_zero() else None
+
+
+def _refuse_contradiction(offline: bool, workers: int | None, tp: int, pp: int, vpp: int | None) -> None:
+    if offline and (tp > 1 or pp > 1 or vpp):
+        raise click.UsageError("--offline uses no ranks (the result loads at any layout): leave out --tp, --pp, --vpp")
+    if workers and not offline:
+        raise click.UsageError("--workers goes with --offline; without it, --tp and --pp spread the work")
 
 
 def _refuse_existing_checkpoint(path: Path, overwrite: bool) -> None:

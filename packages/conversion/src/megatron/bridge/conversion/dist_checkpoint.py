@@ -36,11 +36,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "TensorEntry",
+    "check_files",
     "iteration_folder",
     "iteration_of",
     "latest_iteration",
     "load",
     "load_common",
+    "publish",
+    "read_metadata",
     "resolve",
     "save",
     "saved_iterations",
@@ -99,7 +102,7 @@ def save(
         on_rank_zero(lambda: _write_side_files(partial, side_files or {}), f"side files of {target}", CheckpointError)
         _verify_written(partial, sharded_state_dict)
         on_rank_zero(
-            lambda: _publish(partial, target, iteration), f"cannot finish the checkpoint {target}", CheckpointError
+            lambda: publish(partial, target, iteration), f"cannot finish the checkpoint {target}", CheckpointError
         )
     except CheckpointError:
         on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True), f"cannot remove {partial}", CheckpointError)
@@ -132,8 +135,8 @@ def load(
 
     _ensure_distributed()
     folder = on_every_rank(lambda: resolve(path), f"cannot load {path}", CheckpointError)
-    metadata = on_every_rank(lambda: _read_metadata(folder), f"cannot load {folder}", CheckpointError)
-    on_rank_zero(lambda: _check_files(folder, metadata), f"checkpoint {folder} is damaged", CheckpointError)
+    metadata = on_every_rank(lambda: read_metadata(folder), f"cannot load {folder}", CheckpointError)
+    on_rank_zero(lambda: check_files(folder, metadata), f"checkpoint {folder} is damaged", CheckpointError)
     wanted = _without_absent_extra_state(sharded_state_dict, metadata)
     _check_match(folder, metadata, _expanded(wanted), strict, ignore)
     loaded: ShardedStateDict = on_every_rank(
@@ -169,8 +172,8 @@ def tensor_index(path: str | Path) -> dict[str, TensorEntry]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     folder = resolve(path)
-    metadata = _read_metadata(folder)
-    _check_files(folder, metadata)
+    metadata = read_metadata(folder)
+    check_files(folder, metadata)
     return {
         key: TensorEntry(tuple(entry.size), entry.properties.dtype)
         for key, entry in metadata.state_dict_metadata.items()
@@ -268,8 +271,8 @@ def _write_side_files(folder: Path, side_files: SideFiles) -> None:
 
 def _verify_written(folder: Path, sharded_state_dict: ShardedStateDict) -> None:
     def check() -> None:
-        metadata = _read_metadata(folder)
-        _check_files(folder, metadata)
+        metadata = read_metadata(folder)
+        check_files(folder, metadata)
         lost = {_unique_key(shard) for shard in _expanded(sharded_state_dict)} - metadata.state_dict_metadata.keys()
         if lost:
             raise CheckpointError(f"written, but not found when read back: {_names(lost)}")
@@ -277,7 +280,8 @@ def _verify_written(folder: Path, sharded_state_dict: ShardedStateDict) -> None:
     on_every_rank(check, f"the checkpoint in {folder.parent} did not verify", CheckpointError)
 
 
-def _publish(partial: Path, target: Path, iteration: int) -> None:
+def publish(partial: Path, target: Path, iteration: int) -> None:
+    """Rename a finished folder to its name, in place of one that is there, and make it the latest."""
     if target.exists():
         old = target.with_name(f".{target.name}.replaced")
         target.rename(old)
@@ -292,7 +296,12 @@ def _publish(partial: Path, target: Path, iteration: int) -> None:
 # --- reading and checking
 
 
-def _read_metadata(folder: Path) -> "Metadata":
+def read_metadata(folder: Path) -> "Metadata":
+    """The metadata of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
     from torch.distributed.checkpoint import FileSystemReader, Metadata
 
     try:
@@ -306,7 +315,8 @@ def _read_metadata(folder: Path) -> "Metadata":
     return metadata
 
 
-def _check_files(folder: Path, metadata: "Metadata") -> None:
+def check_files(folder: Path, metadata: "Metadata") -> None:
+    """Refuse a checkpoint that lacks a file its metadata names, or holds one cut off."""
     needed: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)

@@ -48,7 +48,9 @@ class TensorsInMemory:
 
 
 @dataclass(frozen=True)
-class _SourceTensor:
+class SourceTensor:
+    """A weight of a source, for transforms to read."""
+
     source: WeightSource
     name: str
     shape: Shape
@@ -145,7 +147,7 @@ def load_weights(
     _refuse_uneven(plan, layout, what)
 
     def fill() -> None:
-        _check_ties(plan, source, what)
+        check_ties(plan, source, what)
         for item in plan:
             if item.megatron in local:
                 _fill(local[item.megatron], item, source, layout)
@@ -171,7 +173,7 @@ def _refuse_uneven(plan: Plan, layout: Layout, what: str) -> None:
 def _fill(target: "torch.Tensor", item: PlanItem, source: WeightSource, layout: Layout) -> None:
     import torch
 
-    inputs = [_SourceTensor(source, name, shape) for name, shape in zip(item.hf, item.hf_shapes, strict=True)]
+    inputs = [SourceTensor(source, name, shape) for name, shape in zip(item.hf, item.hf_shapes, strict=True)]
     rule = item.rule.shard
     group, axis = layout.dividing(rule), cut_axis(rule)
     regions = rule.regions(item.shape, group.rank(), group.size())
@@ -186,8 +188,8 @@ def _fill(target: "torch.Tensor", item: PlanItem, source: WeightSource, layout: 
                 done += piece.shape[axis]
 
 
-def _check_ties(plan: Plan, source: WeightSource, what: str) -> None:
-    """A tied weight that the checkpoint holds twice must be the same tensor twice."""
+def check_ties(plan: Plan, source: WeightSource, what: str) -> None:
+    """Refuse a tied weight that the checkpoint holds twice, unless it is the same tensor twice."""
     shapes = source.shapes
     for name, to in plan.tied.items():
         if shapes[name] != shapes[to] or not source.read(name, whole(shapes[name])).equal(

@@ -16,21 +16,22 @@ class StagedFolder:
         target: where the folder shall appear; missing parents are made.
         overwrite: take the place of a Hugging Face folder that is there.
         needed_bytes: how much will be written; refused now if the file system has less room.
+        path: the sibling to fill, which may be there already from an earlier attempt; None makes a new one.
 
     Raises:
         HFFolderError: the target exists, its parent cannot be written, or the room is too small.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool, needed_bytes: int) -> None:
+    def __init__(self, target: Path, *, overwrite: bool, needed_bytes: int, path: Path | None = None) -> None:
         # A link is followed: what it points to is replaced, not the link.
         self.target = target.resolve()
         self._overwrite = overwrite
         self._made_parents = [parent for parent in self.target.parents if not parent.exists()]
         self.check_target()
-        self.path = self._sibling("partial")
+        self.path = path or self._sibling("partial")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
+            self.path.mkdir(exist_ok=path is not None)
         except OSError as error:
             self._remove_made_parents()
             raise HFFolderError(

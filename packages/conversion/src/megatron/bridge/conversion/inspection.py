@@ -1,0 +1,100 @@
+"""What a conversion would do, as data: every Megatron weight with the Hugging Face weights it is made of."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.conversion.plan import Plan
+from megatron.bridge.conversion.transforms import Shape
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One Megatron weight of a plan; `nbytes` as the side that was inspected holds it."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    transform: str
+    shard: str
+    shape: Shape
+    dtype: str
+    nbytes: int
+
+
+def inspect_plan(path: str | Path, *, trust_remote_code: bool = False) -> list[PlanRow]:
+    """The proven plan of a Hugging Face folder (or hub id) or a Megatron checkpoint. Reads no weights.
+
+    Raises:
+        BridgeError: neither, or some weight on either side is unaccounted for.
+    """
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.offline.exporter import offline_export_plan
+    from megatron.bridge.conversion.offline.importer import offline_import_plan
+
+    if is_megatron(path):
+        bridge = AutoBridge.from_megatron_checkpoint(path, trust_remote_code=trust_remote_code)
+        plan, weights = offline_export_plan(bridge, path)
+        return _rows(plan, {item.megatron: weights[item.megatron].dtype for item in plan})
+    bridge = AutoBridge.from_hf_pretrained(path, trust_remote_code=trust_remote_code)
+    plan = offline_import_plan(bridge)
+    held = bridge.source.weights  # type: ignore[union-attr]
+    return _rows(plan, {item.megatron: held[item.hf[0]].dtype for item in plan})
+
+
+def is_megatron(path: str | Path) -> bool:
+    """Whether `path` is, or was meant as, a Megatron checkpoint rather than a Hugging Face folder or hub id."""
+    from megatron.bridge.conversion.checkpoint_layout import LATEST_POINTER, METADATA_FILE
+
+    folder = Path(path)
+    if any((folder / name).exists() for name in (LATEST_POINTER, METADATA_FILE, "metadata.json")):
+        return True
+    return folder.is_dir() and any(folder.glob("*.distcp"))
+
+
+def _rows(plan: Plan, dtypes: Mapping[str, Any]) -> list[PlanRow]:
+    return [
+        PlanRow(
+            item.megatron,
+            item.hf,
+            _named(item.rule.transform),
+            _named(item.rule.shard),
+            item.shape,
+            str(dtypes[item.megatron]).removeprefix("torch."),
+            item.numel * dtypes[item.megatron].itemsize,
+        )
+        for item in plan
+    ]
+
+
+def _named(value: Any) -> str:
+    """`Blocks(0, 2)` for a dataclass."""
+    return f"{type(value).__name__}({', '.join(repr(getattr(value, field.name)) for field in fields(value))})"
+
+
+def as_json(rows: Iterable[PlanRow]) -> list[dict[str, Any]]:
+    """Rows as plain values."""
+    return [asdict(row) for row in rows]
+
+
+def as_table(rows: Iterable[PlanRow]) -> str:
+    """Rows as aligned columns; layers that differ only in their number share a line, marked `*`."""
+    from megatron.bridge.conversion.names import skeleton
+
+    merged: dict[tuple[Any, ...], list[PlanRow]] = {}
+    for row in rows:
+        key = (skeleton(row.megatron), *map(skeleton, row.hf), row.transform, row.shard, row.shape, row.dtype)
+        merged.setdefault(key, []).append(row)
+    lines = [("MEGATRON", "HUGGING FACE", "TRANSFORM", "SHARDS", "SHAPE", "DTYPE", "COUNT", "BYTES")]
+    for same in merged.values():
+        first, total = same[0], sum(row.nbytes for row in same)
+        name, *hf = (skeleton(each).replace("#", "*") for each in (first.megatron, *first.hf))
+        if len(same) == 1:
+            name, *hf = first.megatron, *first.hf
+        shape = "x".join(map(str, first.shape))
+        lines.append((name, hf[0], first.transform, first.shard, shape, first.dtype, str(len(same)), f"{total:,}"))
+        lines += [("", other, "", "", "", "", "", "") for other in hf[1:]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,215 @@
+"""Reads single weights of a Megatron distributed checkpoint, whatever layout wrote it, without loading the rest."""
+
+import io
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from megatron.bridge.conversion.checkpoint_layout import CheckpointError, resolve
+from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS
+from megatron.bridge.conversion.offline.keys import Place, stored_weights
+from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.transforms import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight of a checkpoint: where it lies, its global shape and dtype."""
+
+    place: Place
+    shape: Shape
+    dtype: "torch.dtype"
+
+
+class MegatronWeights(Mapping[str, StoredWeight]):
+    """The weights of a checkpoint by canonical name; optimizer and random state of a run are passed over.
+
+    Opening reads the metadata only and proves that every file is there and long enough.
+
+    Args:
+        path: a checkpoint root (its latest iteration is taken) or one iteration folder.
+        table: the family's rules, which say how stacked keys unfold into layers.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+
+    def __init__(self, path: str | Path, table: WeightTable) -> None:
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        from megatron.bridge.conversion.dist_checkpoint import check_files, read_metadata
+
+        self.folder = resolve(path)
+        metadata = read_metadata(self.folder)
+        check_files(self.folder, metadata)
+        self._entries: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(BESIDES_WEIGHTS)
+        }
+        self._stored = metadata.storage_data
+        found = stored_weights(table, {key: tuple(entry.size) for key, entry in self._entries.items()})
+        self._weights = {
+            name: StoredWeight(place, shape, self._entries[place.key].properties.dtype)
+            for name, (place, shape) in found.items()
+        }
+
+    def __getitem__(self, name: str) -> StoredWeight:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Canonical name -> global shape."""
+        return {name: weight.shape for name, weight in self._weights.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The metadata and every file it names."""
+        from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE
+
+        names = sorted({info.relative_path for info in self._stored.values()})
+        return [self.folder / METADATA_FILE, *(self.folder / name for name in names)]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """A whole weight, on the CPU; memory is that of the weight and of the largest stored chunk it lies in.
+
+        Raises:
+            CheckpointError: a chunk is damaged, or the chunks leave a gap.
+        """
+        import torch
+
+        weight = self._weights[name]
+        chunks = self._chunks(weight.place)
+        window = _window(weight)
+        result: torch.Tensor | None = None
+        filled = 0
+        for index, chunk in chunks:
+            overlap = _overlap(window, tuple(chunk.offsets), tuple(chunk.sizes))
+            if overlap is None:
+                continue
+            source, target = overlap
+            piece = self._load(index, chunk, weight.dtype)[source]
+            if piece.numel() == _count(weight.shape):
+                return piece.reshape(weight.shape)
+            if result is None:
+                result = torch.empty([stop - start for start, stop in window], dtype=weight.dtype)
+            result[target] = piece
+            filled += piece.numel()
+        if result is None or filled != _count(weight.shape):
+            raise CheckpointError(f"{self.folder} holds {filled} of the {_count(weight.shape)} elements of {name}")
+        return result.reshape(weight.shape)
+
+    def _chunks(self, place: Place) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        chunks = [(MetadataIndex(place.key, chunk.offsets), chunk) for chunk in self._entries[place.key].chunks]
+        if place.layer is None:
+            return chunks
+        return [(i, c) for i, c in chunks if c.offsets[0] <= place.layer < c.offsets[0] + c.sizes[0]]
+
+    def _load(self, index: Any, chunk: Any, dtype: "torch.dtype") -> "torch.Tensor":
+        import torch
+
+        info = self._stored.get(index)
+        what = f"{index.fqn} {list(chunk.offsets)}"
+        if info is None:
+            raise CheckpointError(f"{self.folder}: the metadata does not say where {what} lies; take another copy")
+        path = self.folder / info.relative_path
+        damaged = f"{path} is damaged at byte {info.offset}, where {what} lies: "
+        try:
+            tensor = _read_archive(path, info.offset, info.length)
+        except Exception as error:
+            raise CheckpointError(f"{damaged}{error}; take another copy of the checkpoint") from error
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{damaged}it holds a {type(tensor).__name__}; take another copy of the checkpoint")
+        if tuple(tensor.shape) != tuple(chunk.sizes) or tensor.dtype != dtype:
+            raise CheckpointError(
+                f"{damaged}it holds {tensor.dtype} {list(tensor.shape)}, the metadata says {dtype} "
+                f"{list(chunk.sizes)}; take another copy of the checkpoint"
+            )
+        return tensor
+
+
+def _read_archive(path: Path, offset: int, length: int) -> Any:
+    """What `torch.save` wrote there, its checksums compared (torch itself does not)."""
+    import torch
+
+    with _Section(path, offset, length) as section:
+        with zipfile.ZipFile(cast("IO[bytes]", section)) as archive:
+            spoiled = archive.testzip()
+        if spoiled is not None:
+            raise ValueError(f"the checksum of {spoiled} is wrong")
+        section.seek(0)
+        return torch.load(cast("IO[bytes]", section), map_location="cpu", weights_only=True)
+
+
+class _Section(io.RawIOBase):
+    """A run of bytes of a file, as a stream."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        super().__init__()
+        self._file = os.open(path, os.O_RDONLY)
+        self._offset, self._length, self._at = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError(f"seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        count = os.preadv(self._file, [view], self._offset + self._at) if view else 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._file)
+        super().close()
+
+
+def _window(weight: StoredWeight) -> tuple[tuple[int, int], ...]:
+    own = tuple((0, size) for size in weight.shape)
+    return own if weight.place.layer is None else ((weight.place.layer, weight.place.layer + 1), *own)
+
+
+def _overlap(window: Any, offsets: Shape, sizes: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a chunk and the window meet: slices of the chunk, slices of the window."""
+    source, target = [], []
+    for (start, stop), offset, size in zip(window, offsets, sizes, strict=True):
+        low, high = max(start, offset), min(stop, offset + size)
+        if low >= high:
+            return None
+        source.append(slice(low - offset, high - offset))
+        target.append(slice(low - start, high - start))
+    return tuple(source), tuple(target)
+
+
+def _count(shape: Shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,187 @@
+"""Writes the files of a Megatron distributed checkpoint (torch_dist) one tensor at a time.
+
+torch's own planner and writer want every tensor of a file at hand, and forget what they wrote when they are killed.
+The format is theirs: each entry of a file is a `torch.save` archive, and `.metadata` says where each lies.
+"""
+
+import json
+import pickle
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE
+from megatron.bridge.conversion.offline.journal import Part
+from megatron.bridge.conversion.offline.keys import Place
+from megatron.bridge.conversion.plan import PlanItem
+from megatron.bridge.conversion.transforms import Region, Shape
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 64 * 2**20
+FILE_BYTES = 256 * 2**20
+_BUFFER_BYTES = 2**20
+CORE_METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One entry of a file: a region of a weight."""
+
+    item: PlanItem
+    place: Place
+    region: Region
+    dtype: "torch.dtype"
+
+    @property
+    def offsets(self) -> Shape:
+        """Where it begins in the checkpoint's tensor."""
+        return (*self.place.leading, *(start for start, _ in self.region))
+
+    @property
+    def sizes(self) -> Shape:
+        """Its sizes, with the layer axis where there is one."""
+        return (*(1 for _ in self.place.leading), *(stop - start for start, stop in self.region))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        count = self.dtype.itemsize
+        for size in self.sizes:
+            count *= size
+        return count
+
+    @property
+    def label(self) -> str:
+        """Its name in a journal."""
+        return f"{self.place.key}@{','.join(map(str, self.offsets))}"
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A file to write, by its final name."""
+
+    name: str
+    chunks: tuple[Chunk, ...] = ()
+    objects: tuple[tuple[str, Any], ...] = ()
+
+
+def chunks_of(item: PlanItem, place: Place, dtype: "torch.dtype", limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """A weight in runs of rows of at most `limit` bytes (at least one row each)."""
+    rows = item.shape[0] if item.shape else 1
+    pieces = max(1, min(rows, -(-item.numel * dtype.itemsize // limit)))
+    step = max(1, -(-rows // pieces))
+    rest: Region = tuple((0, size) for size in item.shape[1:])
+    if not item.shape:
+        yield Chunk(item, place, (), dtype)
+        return
+    for start in range(0, max(rows, 1), step):
+        yield Chunk(item, place, ((start, min(start + step, rows)), *rest), dtype)
+
+
+def lay_out(chunks: Iterable[Chunk], objects: Mapping[str, Any], limit: int = FILE_BYTES) -> list[CheckpointFile]:
+    """Chunks in order, spread over files of about `limit` bytes; the objects have a file of their own."""
+    groups: list[list[Chunk]] = [[]]
+    filled = 0
+    for chunk in chunks:
+        if groups[-1] and filled + chunk.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(chunk)
+        filled += chunk.nbytes
+    files = [CheckpointFile(f"__{number}_0.distcp", tuple(group)) for number, group in enumerate(groups)]
+    return [*files, CheckpointFile(f"__{len(files)}_0.distcp", objects=tuple(objects.items()))]
+
+
+class _Summed:
+    """A stream that sums up what is written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.begin = self.end = self.crc = 0
+
+    def write(self, data: Any) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        self.end += memoryview(data).nbytes
+        self._stream.write(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed once, when it is complete."""
+
+    def part(self, name: str) -> Part:
+        """What was written since the last call."""
+        part = Part(name, self.begin, self.end - self.begin, self.crc)
+        self.begin, self.crc = self.end, 0
+        return part
+
+
+def write_file(path: Path, file: CheckpointFile, read: "Callable[[Chunk], torch.Tensor]") -> list[Part]:
+    """Write a file's entries, each read only when its turn comes; returns where they lie."""
+    import torch
+
+    parts = []
+    with path.open("wb", buffering=_BUFFER_BYTES) as stream:
+        summed = _Summed(stream)
+        for chunk in file.chunks:
+            torch.save(_alone(read(chunk), chunk), summed)  # type: ignore[arg-type]
+            parts.append(summed.part(chunk.label))
+        for key, value in file.objects:
+            torch.save([value], summed)  # type: ignore[arg-type]
+            parts.append(summed.part(key))
+    return parts
+
+
+def _alone(tensor: "torch.Tensor", chunk: Chunk) -> "torch.Tensor":
+    """The tensor in a storage of its own length, without copying: `torch.save` writes whole storages."""
+    import torch
+
+    tensor = tensor.to(chunk.dtype) if tensor.is_floating_point() else tensor
+    tensor = tensor.detach().contiguous()
+    if tensor.untyped_storage().nbytes() != chunk.nbytes and chunk.nbytes:
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        tensor = torch.frombuffer(raw, dtype=tensor.dtype)
+    return tensor.reshape(chunk.sizes)
+
+
+def write_metadata(folder: Path, files: Iterable[CheckpointFile], written: Mapping[str, list[Part]]) -> None:
+    """Write `.metadata` and `metadata.json`, from what is in the files."""
+    from torch.distributed.checkpoint import Metadata
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+
+    described: dict[str, Any] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for file in files:
+        labels = [*(chunk.label for chunk in file.chunks), *(key for key, _ in file.objects)]
+        at = {part.name: _StorageInfo(file.name, part.offset, part.length) for part in written[file.name]}
+        if list(at) != labels:
+            raise RuntimeError(f"{folder / file.name} holds other entries than it was laid out for")
+        for chunk in file.chunks:
+            entry = described.setdefault(chunk.place.key, _tensor_metadata(chunk))
+            assert isinstance(entry, TensorStorageMetadata)
+            stored[MetadataIndex(chunk.place.key, chunk.offsets, len(entry.chunks))] = at[chunk.label]
+            entry.chunks.append(_chunk_metadata(chunk))
+        for key, _ in file.objects:
+            described[key] = BytesStorageMetadata()
+            stored[MetadataIndex(key)] = at[key]
+    (folder / "metadata.json").write_text(json.dumps(CORE_METADATA), encoding="utf-8")
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(Metadata(described, storage_data=stored)))
+
+
+def _tensor_metadata(chunk: Chunk) -> Any:
+    import torch
+    from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
+
+    size = torch.Size(chunk.place.global_shape(chunk.item.shape))
+    return TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), size, [])
+
+
+def _chunk_metadata(chunk: Chunk) -> Any:
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    return ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))

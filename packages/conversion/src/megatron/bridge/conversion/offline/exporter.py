@@ -1,0 +1,210 @@
+"""Megatron distributed checkpoint -> Hugging Face folder, file by file."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from functools import partial as bound
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.hf import HFFolderError, HFWeights, copy_companions, write_config
+from megatron.bridge.conversion.hf.background_sync import BackgroundSync
+from megatron.bridge.conversion.hf.names import INDEX
+from megatron.bridge.conversion.hf.shard_files import ShardFile, ShardLayout, TensorSpec, lay_out
+from megatron.bridge.conversion.hf.staging import StagedFolder
+from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
+from megatron.bridge.conversion.offline.index import refuse_other_model
+from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
+from megatron.bridge.conversion.offline.workers import run_all
+from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.bridge.conversion.live import Progress
+
+MAX_SHARD_BYTES = 1e9
+
+
+def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, MegatronWeights]:
+    """The proven plan of a Megatron checkpoint, and its weights.
+
+    Raises:
+        BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
+    """
+    table, what = bridge.model_bridge.mapping_registry(), f"export of {path}"
+    weights = MegatronWeights(path, table)
+    plan = export_plan(table, weights.shapes, what)
+    refuse_other_model(plan, bridge.model_bridge, what)
+    return plan, weights
+
+
+def export_checkpoint(
+    megatron_path: str | Path,
+    hf_path: str | Path,
+    *,
+    hf_model: str | Path | None = None,
+    workers: int = 1,
+    dtype: "torch.dtype | None" = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+    progress: "Progress | None" = None,
+) -> Path:
+    """Convert a Megatron checkpoint, written at whatever layout, to a complete Hugging Face folder.
+
+    What an interrupted call with the same arguments finished is taken over, after reading it again.
+
+    Args:
+        megatron_path: a checkpoint folder, or the root that holds it; only its weights are read.
+        hf_path: the folder to make.
+        hf_model: which Hugging Face model it is, for checkpoints that do not say.
+        workers: files written at the same time.
+        dtype: cast floating-point weights; None keeps the checkpoint's.
+        trust_remote_code: run the configuration code that the model ships.
+        overwrite: replace a Hugging Face folder that is there.
+        max_shard_bytes: size of one weight file.
+        progress: called with (file, bytes) after each file.
+
+    Raises:
+        BridgeError: the checkpoint is damaged or of another model, the target exists or cannot be written.
+    """
+    if hf_model is None:
+        bridge = AutoBridge.from_megatron_checkpoint(megatron_path, trust_remote_code=trust_remote_code)
+    else:
+        bridge = AutoBridge.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code)
+    plan, weights = offline_export_plan(bridge, megatron_path)
+    tensors = _specs(plan, weights, dtype)
+    layouts = lay_out(tensors, max_shard_bytes)
+    target = Path(hf_path).resolve()
+    job = {
+        "source": state_of(weights.files),
+        "headers": [zlib.crc32(layout.header) for layout in layouts],
+        "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
+    }
+    try:
+        # The target's state is judged before a journal is left beside it.
+        partial = target.with_name(f".{target.name}.offline")
+        staged = StagedFolder(target, overwrite=overwrite, needed_bytes=0, path=partial)
+        journal = Journal(target.with_name(f".{target.name}.journal"), job)
+        try:
+            _Export(partial, journal, plan, weights, layouts).run(workers, progress)
+            _complete(partial, bridge, layouts, tensors)
+            staged.publish()
+            journal.remove()
+        finally:
+            journal.close()
+    except OSError as error:
+        raise HFFolderError(f"{target} cannot be written: {error.strerror} ({error.filename})") from error
+    return target
+
+
+def _specs(plan: Plan, weights: MegatronWeights, dtype: "torch.dtype | None") -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for item in plan:
+        held = weights[item.megatron].dtype
+        kept = dtype if dtype is not None and held.is_floating_point else held
+        specs |= {name: (shape, kept) for name, shape in zip(item.hf, item.hf_shapes, strict=True)}
+    return specs
+
+
+class _Export:
+    """The weight files of one export."""
+
+    def __init__(
+        self,
+        folder: Path,
+        journal: Journal,
+        plan: Plan,
+        weights: MegatronWeights,
+        layouts: tuple[ShardLayout, ...],
+    ) -> None:
+        self._folder, self._journal, self._weights, self._layouts = folder, journal, weights, layouts
+        self._item_of = {name: item for item in plan for name in item.hf}
+        self._order = {item.megatron: place for place, item in enumerate(plan)}
+        self._sync = BackgroundSync()
+        self._lock = Lock()
+
+    def run(self, workers: int, progress: "Progress | None") -> None:
+        """Write the files that are not finished yet."""
+        if not self._journal.continues:
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+        todo = [layout for layout in self._layouts if self._journal.finished(self._folder, layout.file) is None]
+        _refuse_small_disk(self._folder, todo)
+        try:
+            run_all(todo, bound(self._write, progress=progress), workers)
+        except BaseException:
+            self._sync.abort()
+            raise
+        self._sync.finish()
+
+    def _write(self, layout: ShardLayout, progress: "Progress | None") -> None:
+        shard = ShardFile(self._folder, layout)
+        shard.path.unlink(missing_ok=True)
+        shard.create()
+        parts = [Part("header", 0, len(layout.header), zlib.crc32(layout.header))]
+        items = {item.megatron: item for item in (self._item_of[name] for name in layout.tensors)}
+        for megatron in sorted(items, key=self._order.__getitem__):
+            parts += self._write_item(shard, items[megatron])
+
+        def finish() -> None:
+            shard.sync_and_close()
+            shard.path.rename(self._folder / layout.file)
+            self._journal.add(layout.file, parts)
+            if progress is not None:
+                progress(layout.file, layout.nbytes)
+
+        self._sync.submit(finish)
+
+    def _write_item(self, shard: ShardFile, item: PlanItem) -> list[Part]:
+        """The weights of an item that this file holds; the others are written with theirs."""
+        import torch
+
+        parts = []
+        pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
+        for name, piece in zip(item.hf, pieces, strict=True):
+            stored = shard.layout.tensors.get(name)
+            if stored is None:
+                continue
+            tensor = piece.to(stored.dtype).contiguous()
+            shard.write(name, tensor)
+            crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            parts.append(Part(name, len(shard.layout.header) + stored.begin, stored.end - stored.begin, crc))
+        return parts
+
+
+def _refuse_small_disk(folder: Path, todo: list[ShardLayout]) -> None:
+    needed, free = sum(layout.nbytes for layout in todo), shutil.disk_usage(folder).free
+    if free < needed:
+        raise HFFolderError(
+            f"{folder.parent} needs {needed / 1e9:.2f} GB more, its file system has {free / 1e9:.2f} GB free; "
+            "make room or choose another folder, and start again: what is finished is kept"
+        )
+
+
+def _complete(
+    folder: Path, bridge: AutoBridge, layouts: tuple[ShardLayout, ...], tensors: Mapping[str, TensorSpec]
+) -> None:
+    """Index, companions and configuration; then the folder is read back."""
+    if len(layouts) > 1:
+        total = sum(layout.nbytes - len(layout.header) for layout in layouts)
+        weight_map = {name: layout.file for layout in layouts for name in sorted(layout.tensors)}
+        with (folder / INDEX).open("w", encoding="utf-8") as file:
+            json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+    (folder / "config.json").unlink(missing_ok=True)
+    if bridge.source is not None:
+        copy_companions(bridge.source.folder, folder)
+    floating = {dtype for _, dtype in tensors.values() if dtype.is_floating_point}
+    changes = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
+    write_config(folder, bridge.config_json(**changes))
+    found = HFWeights(folder)
+    differing = [name for name, (shape, dtype) in tensors.items() if found[name][:2] != (tuple(shape), dtype)]
+    if differing or len(found) != len(tensors):
+        raise HFFolderError(f"{folder} was not written as planned: {differing or sorted(found)}")

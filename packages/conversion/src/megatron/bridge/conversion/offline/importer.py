@@ -1,0 +1,191 @@
+"""Hugging Face folder -> Megatron distributed checkpoint, file by file."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.conversion import hf_config
+from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.checkpoint_layout import CheckpointError, iteration_folder
+from megatron.bridge.conversion.dist_checkpoint import check_files, publish, read_metadata
+from megatron.bridge.conversion.hf.background_sync import BackgroundSync
+from megatron.bridge.conversion.live import SourceTensor, check_ties
+from megatron.bridge.conversion.megatron_checkpoint import HF_FILES, describing_files
+from megatron.bridge.conversion.offline.distcp_writer import (
+    FILE_BYTES,
+    CheckpointFile,
+    Chunk,
+    chunks_of,
+    lay_out,
+    write_file,
+    write_metadata,
+)
+from megatron.bridge.conversion.offline.index import megatron_shapes, refuse_other_model
+from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
+from megatron.bridge.conversion.offline.keys import extra_state_keys, places
+from megatron.bridge.conversion.offline.workers import run_all
+from megatron.bridge.conversion.plan import Plan, import_plan
+from megatron.bridge.conversion.weight_source import FolderSource
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.bridge.conversion.live import Progress
+
+_UNFINISHED = ".unfinished"
+VOCAB_MULTIPLE = 128
+
+
+def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE) -> Plan:
+    """The proven plan of a Hugging Face folder, with the Megatron side derived from the table.
+
+    Raises:
+        PlanError: a weight is unaccounted for, or the configuration describes another model.
+    """
+    if bridge.source is None:
+        raise BridgeError("this bridge was made from a configuration and has no weights to convert")
+    table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
+    shapes = {name: info.shape for name, info in bridge.source.weights.items()}
+    plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple), what)
+    refuse_other_model(plan, bridge.model_bridge, what)
+    return plan
+
+
+def import_checkpoint(
+    hf_model: str | Path,
+    megatron_path: str | Path,
+    *,
+    workers: int = 1,
+    vocab_multiple: int = VOCAB_MULTIPLE,
+    dtype: "torch.dtype | None" = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    overwrite: bool = False,
+    file_bytes: int = FILE_BYTES,
+    progress: "Progress | None" = None,
+) -> Path:
+    """Convert a Hugging Face model to a Megatron checkpoint that loads at any layout; returns its folder.
+
+    What an interrupted call with the same arguments finished is taken over, after reading it again.
+
+    Args:
+        hf_model: folder or hub id.
+        megatron_path: the checkpoint's root folder.
+        workers: files written at the same time.
+        vocab_multiple: the vocabulary is padded to a multiple of this.
+        dtype: of floating-point weights; None takes the one the configuration states.
+        trust_remote_code, revision: as in `AutoBridge.from_hf_pretrained`.
+        overwrite: replace a checkpoint that is there.
+        file_bytes: about the size of one file; what an interruption loses is the files that were being written.
+        progress: called with (file, bytes) after each file.
+
+    Raises:
+        BridgeError: the weights do not fit the family's table or configuration (nothing was written), the target
+            exists or cannot be written.
+    """
+    bridge = AutoBridge.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code, revision=revision)
+    target = iteration_folder(megatron_path, 0)
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} exists; choose another folder, remove it, or ask for it to be overwritten")
+    plan = offline_import_plan(bridge, vocab_multiple)
+    files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
+    weights = bridge.source.weights  # type: ignore[union-attr]
+    source = FolderSource(weights)
+    check_ties(plan, source, f"import of {hf_model}")
+    job = {
+        "source": state_of([weights.folder / name for name in weights.files]),
+        "files": [[file.name, [f"{chunk.label}:{chunk.dtype}" for chunk in file.chunks]] for file in files],
+        "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
+    }
+
+    def read(chunk: Chunk) -> "torch.Tensor":
+        inputs = [SourceTensor(source, *pair) for pair in zip(chunk.item.hf, chunk.item.hf_shapes, strict=True)]
+        return chunk.item.rule.transform.forward(inputs, chunk.region)
+
+    partial = target.with_name(f".{target.name}.offline")
+    try:
+        journal = Journal(target.with_name(f".{target.name}.journal"), job)
+        try:
+            _write(partial, journal, files, read, workers, progress)
+            _complete(partial, bridge)
+            publish(partial, target, 0)
+            journal.remove()
+        finally:
+            journal.close()
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror} ({error.filename})") from error
+    return target
+
+
+def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int) -> list[CheckpointFile]:
+    found = places(plan)
+    held = bridge.source.weights  # type: ignore[union-attr]
+    chunks: list[Chunk] = []
+    for item in plan:
+        stored = held[item.hf[0]].dtype
+        chunks += chunks_of(item, found[item.megatron], dtype if stored.is_floating_point else stored)
+    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
+    return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
+
+
+def _write(
+    partial: Path,
+    journal: Journal,
+    files: list[CheckpointFile],
+    read: "Callable[[Chunk], torch.Tensor]",
+    workers: int,
+    progress: "Progress | None",
+) -> None:
+    """Every file and the metadata, into the partial folder."""
+    if not journal.continues and partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    done = {file.name: parts for file in files if (parts := journal.finished(partial, file.name)) is not None}
+    _refuse_small_disk(partial, [file for file in files if file.name not in done])
+    sync = BackgroundSync()
+
+    def work(file: CheckpointFile) -> None:
+        unfinished = partial / f"{file.name}{_UNFINISHED}"
+        parts = write_file(unfinished, file, read)
+        sync.submit(lambda: finish(unfinished, file, parts))
+
+    def finish(unfinished: Path, file: CheckpointFile, parts: list[Part]) -> None:
+        with unfinished.open("rb") as stream:
+            os.fsync(stream.fileno())
+        unfinished.rename(partial / file.name)
+        journal.add(file.name, parts)
+        done[file.name] = parts
+        if progress is not None:
+            progress(file.name, sum(part.length for part in parts))
+
+    try:
+        run_all([file for file in files if file.name not in done], work, workers)
+    except BaseException:
+        sync.abort()
+        raise
+    sync.finish()
+    write_metadata(partial, files, done)
+
+
+def _refuse_small_disk(folder: Path, files: list[CheckpointFile]) -> None:
+    needed = sum(chunk.nbytes for file in files for chunk in file.chunks)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder.parent} needs {needed / 1e9:.2f} GB more, its file system has {free / 1e9:.2f} GB free; "
+            "make room or choose another folder, and start again: what is finished is kept"
+        )
+
+
+def _complete(partial: Path, bridge: AutoBridge) -> None:
+    """Add the Hugging Face files, and see that the checkpoint is whole."""
+    shutil.rmtree(partial / HF_FILES, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(describing_files(bridge, Path(scratch)), partial / HF_FILES)
+    for left_over in partial.glob(f"*{_UNFINISHED}"):
+        left_over.unlink()
+    check_files(partial, read_metadata(partial))
