@@ -229,3 +229,26 @@ def test_every_rank_gets_its_share_of_the_cores_unless_openmp_was_told(monkeypat
     assert (share_of_cores(2), share_of_cores(16)) == (4, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert share_of_cores(2) == 3
+
+
+def test_unequal_parts_are_gathered_scattered_and_exchanged():
+    def work():
+        rank, sizes = torch.distributed.get_rank(), [2, 0, 3]
+        mine = torch.full((sizes[rank], 2), float(rank + 1))
+        gathered = torch.empty(5, 2)
+        torch.distributed.all_gather(list(gathered.split(sizes)), mine)
+        scattered = torch.empty(sizes[rank], 2)
+        torch.distributed.reduce_scatter(scattered, list((gathered * (rank + 1)).split(sizes)))
+        exchanged = torch.empty(3 * sizes[rank], 2)
+        received = torch.tensor([sizes[rank]] * 3)
+        torch.distributed.all_to_all_single(
+            exchanged, gathered, output_split_sizes=received, input_split_sizes=torch.tensor(sizes)
+        )
+        return gathered, scattered, exchanged
+
+    whole = torch.tensor([1.0, 1.0, 3.0, 3.0, 3.0])[:, None].expand(5, 2)
+    for rank, (gathered, scattered, exchanged) in enumerate(run_ranks(3, work)):
+        own = whole.split([2, 0, 3])[rank]
+        assert torch.equal(gathered, whole)
+        assert torch.equal(scattered, own * 6)
+        assert torch.equal(exchanged, torch.cat([own] * 3))

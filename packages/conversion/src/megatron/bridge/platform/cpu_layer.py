@@ -11,7 +11,7 @@ Tested with Megatron-Core 0.19; what is replaced:
 - CUDA random state is the default generator's;
 - `Tensor.type()` answers `torch.cuda.FloatTensor`, since the optimizers select parameters by that string;
 - process groups asked for with `nccl` use gloo;
-- `all_to_all_single` takes split sizes as tensors: Megatron-Core turns them into lists on their way from a GPU only.
+- `all_gather`, `reduce_scatter` and `all_to_all_single` take unequal parts as they do with NCCL.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.platform import uneven_collectives
 
 _DTYPES = ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Short", "Byte", "Bool")
 _NO_EFFECT = [
@@ -262,7 +263,6 @@ def _redirect_random_state() -> None:
 
 
 def _redirect_process_groups() -> None:
-    import torch
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -288,16 +288,8 @@ def _redirect_process_groups() -> None:
         return barrier(*args, **kwargs)
 
     _replace(dist, "barrier", barrier_without_devices)
-    all_to_all = dist.all_to_all_single
-
-    @functools.wraps(all_to_all)
-    def all_to_all_with_lists(*args: Any, **kwargs: Any) -> Any:
-        for name in ("output_split_sizes", "input_split_sizes"):
-            if isinstance(sizes := kwargs.get(name), torch.Tensor):
-                kwargs[name] = sizes.tolist()
-        return all_to_all(*args, **kwargs)
-
-    _replace(dist, "all_to_all_single", all_to_all_with_lists)
+    for name in ("all_gather", "reduce_scatter", "all_to_all_single"):
+        _replace(dist, name, getattr(uneven_collectives, name)(getattr(dist, name)))
 
 
 def _cpu_autocast_class() -> type:

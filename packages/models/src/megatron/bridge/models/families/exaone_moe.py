@@ -1,7 +1,7 @@
 """K-EXAONE (arXiv:2601.01739)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron.bridge.models.families.sigmoid_moe import SigmoidMoEBridge
 
@@ -12,7 +12,7 @@ class ExaoneMoeBridge(SigmoidMoEBridge):
     Layers for multi-token prediction have no rules: a checkpoint that holds them is refused, naming them.
     """
 
-    shared_fields = SigmoidMoEBridge.shared_fields | {"num_moe_experts": "num_experts"}
+    shared_fields: ClassVar[dict[str, str]] = {**SigmoidMoEBridge.shared_fields, "num_moe_experts": "num_experts"}
     selection_bias = "model.layers.{l}.mlp.e_score_correction_bias"
 
     def num_shared_experts(self) -> int:

@@ -1,7 +1,7 @@
 """Mixtral 8x7B and 8x22B (arXiv:2401.04088)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.models import moe_fragments as moe
@@ -15,7 +15,8 @@ _HF_MOE = "model.layers.{l}.block_sparse_moe"
 class MixtralBridge(MoEBridge):
     """`MixtralForCausalLM`: experts in every layer, the chosen ones' weights normalised."""
 
-    shared_fields = SHARED_FIELDS | {
+    shared_fields: ClassVar[dict[str, str]] = {
+        **SHARED_FIELDS,
         "moe_ffn_hidden_size": "intermediate_size",
         "num_moe_experts": "num_local_experts",
     }

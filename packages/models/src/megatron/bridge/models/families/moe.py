@@ -3,7 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.conversion.table import WeightRule, WeightTable
@@ -20,7 +20,11 @@ class MoEBridge(DenseBridge):
     """A dense decoder, but for its mixtures of experts; subclasses say where they are and how tokens are routed."""
 
     # Expert counts and sizes go by other names in every family.
-    shared_fields = SHARED_FIELDS | {"moe_ffn_hidden_size": "moe_intermediate_size", "num_moe_experts": "num_experts"}
+    shared_fields: ClassVar[dict[str, str]] = {
+        **SHARED_FIELDS,
+        "moe_ffn_hidden_size": "moe_intermediate_size",
+        "num_moe_experts": "num_experts",
+    }
 
     def moe_layers(self) -> Sequence[bool]:
         """Per layer, whether its MLP is a mixture of experts."""

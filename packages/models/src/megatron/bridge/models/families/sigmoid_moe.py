@@ -12,7 +12,8 @@ from megatron.bridge.models.routing import balancing, sigmoid_routing
 class SigmoidMoEBridge(MoEBridge):
     """A decoder with such mixtures; subclasses say where their attention and their configuration differ."""
 
-    shared_fields = SHARED_FIELDS | {
+    shared_fields: ClassVar[dict[str, str]] = {
+        **SHARED_FIELDS,
         "moe_ffn_hidden_size": "moe_intermediate_size",
         "num_moe_experts": "n_routed_experts",
     }
