@@ -12,7 +12,7 @@ from megatron.bridge.conversion.transforms import (
     InMemory,
     InterleaveGroups,
     PadRows,
-    Reshaped,
+    PermuteBlocks,
     Stacked,
     Transposed,
     whole,
@@ -30,7 +30,7 @@ def tensors(*shapes):
 def cases(draw):
     """(transform, Hugging Face tensors, Megatron shape)"""
     columns = draw(st.sampled_from([(), (draw(SIZES),)]))
-    kind = draw(st.sampled_from(["identity", "concatenate", "interleave", "pad", "stacked", "transposed", "reshaped"]))
+    kind = draw(st.sampled_from(["identity", "concatenate", "interleave", "pad", "stacked", "transposed", "permute"]))
     if kind == "identity":
         shape = (draw(SIZES) * 4, *columns)
         return Identity(), tensors(shape), shape
@@ -49,9 +49,10 @@ def cases(draw):
         groups, rows, width = draw(SIZES), tuple(draw(st.lists(SIZES, min_size=2, max_size=3))), draw(SIZES)
         total = groups * sum(rows)
         return Transposed(Stacked(InterleaveGroups(rows))), tensors((width, total)), (total, width)
-    if kind == "reshaped":
-        shape = (draw(SIZES), draw(SIZES))
-        return Reshaped(shape), tensors(shape), (shape[0] * shape[1],)
+    if kind == "permute":
+        order = tuple(draw(st.permutations(range(draw(SIZES)))))
+        shape = (draw(SIZES) * len(order), *columns)
+        return PermuteBlocks(order), tensors(shape), shape
     rows, padding = draw(SIZES), draw(st.integers(0, 5))
     return PadRows(rows), tensors((rows, *columns)), (rows + padding, *columns)
 

@@ -23,6 +23,7 @@ HEAD_16 = {"head_dim": 16}
 MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
 MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2}
 CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 24}
+GPT_NEO = {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 5}
 
 
 def rope(kind="default", **values):
@@ -75,13 +76,32 @@ CASES = {
     "gpt_bigcode": ("gpt_bigcode", None),
     "gpt_bigcode-multi-head": ("gpt_bigcode", {"multi_query": False}),
     "gptj": ("gptj", {"rotary_dim": 8}),
+    "codegen": ("codegen", {"rotary_dim": 8, "n_head": 8}),
+    "nanochat": ("nanochat", {}),
+    "gpt_neo": ("gpt_neo", GPT_NEO),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "biogpt": ("biogpt", {}),
+    "falcon-7b": ("falcon", {}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon-serial": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "bloom-6-heads": ("bloom", {"hidden_size": 96, "n_layer": 4, "n_head": 6}),
+    "mpt-6-heads": ("mpt", {"d_model": 96, "n_heads": 6, "n_layers": 4, "max_seq_len": 64}),
+}
+OWN_SIZES = {
+    "gpt2": GPT2_SIZES,
+    "gpt_bigcode": GPT2_SIZES,
+    "gptj": GPT2_SIZES,
+    "codegen": GPT2_SIZES,
+    "gpt_neo": TOKENS | {"hidden_size": 64, "max_position_embeddings": 64},
+    "bloom": TOKENS,
+    "mpt": TOKENS,
 }
 
 
 def make_config(name):
     kind, changes = CASES[name]
-    sizes = GPT2_SIZES if kind.startswith("gpt") and kind != "gpt_neox" else SIZES
-    values = {**sizes, **(changes or {})}
+    values = {**OWN_SIZES.get(kind, SIZES), **(changes or {})}
     return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if value is not None})
 
 
@@ -98,7 +118,10 @@ def test_logits_and_round_trip(cases, layout):
 
 @pytest.mark.parametrize("layout", ["vpp2", "tp4"])
 def test_families_with_most_differences_at_further_layouts(cases, layout):
-    compare([cases[name] for name in ("olmo3-two-ropes", "gemma2", "cohere-norms", "gpt2", "hunyuan")], layout)
+    compare(
+        [cases[name] for name in ("olmo3-two-ropes", "gemma2", "cohere-norms", "gpt2", "hunyuan", "falcon-40b", "opt")],
+        layout,
+    )
 
 
 @pytest.mark.parametrize("name", ["phi", "glm4", "olmo2", "gpt2", "hunyuan"])
@@ -110,7 +133,7 @@ def test_every_architecture_is_offered_under_its_own_name(cases):
     offered = AutoBridge.list_supported_models()
     stated = {AutoBridge.from_hf_pretrained(case.folder).hf_config.architectures[0] for case in cases.values()}
     assert stated <= set(offered)
-    assert len(stated) == 34
+    assert len(stated) == 42
 
 
 @pytest.mark.parametrize(
@@ -123,11 +146,15 @@ def test_every_architecture_is_offered_under_its_own_name(cases):
         ("ministral3", {"rope_parameters": rope("yarn", factor=4.0)}, "llama_4_scaling_beta"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("llama", {"hidden_act": "gelu_tanh"}, "'gelu_tanh' is not supported"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("falcon", {"alibi": True}, "alibi=True"),
+        ("mpt", {"attn_config": {"alibi": False}}, "alibi"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("exaone4", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
     ],
 )
 def test_what_a_family_cannot_express_is_refused_by_name(kind, changes, culprit):
-    config = CONFIG_MAPPING[kind](**{**(GPT2_SIZES if kind == "gpt2" else SIZES), **changes})
+    config = CONFIG_MAPPING[kind](**{**OWN_SIZES.get(kind, SIZES), **changes})
     with pytest.raises(BridgeError, match=culprit):
         provider_of(kind, config)
 

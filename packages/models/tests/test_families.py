@@ -8,25 +8,14 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.logits import megatron_logits
-from megatron.bridge.conversion.plan import PlanError
-from megatron.bridge.conversion.table import WeightTable
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.testing import RankFailed, random_model, run_ranks, save_random_model
+from megatron.bridge.testing import RankFailed, run_ranks
+from megatron.bridge.testing.families import LAYOUTS, compare, family_case, refuse_without_any_rule
 
-TP, PP, VPP = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-)
-LAYOUTS = {
-    "single": {},
-    "tp2": {TP: 2},
-    "pp2": {PP: 2},
-    "vpp2": {PP: 2, VPP: 2},
-    "tp2pp2": {TP: 2, PP: 2},
-    "tp4": {TP: 4},  # more ranks than key/value heads
-}
+TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(3))
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 SIZES = {
     "vocab_size": 131,  # prime: no tensor-parallel size divides it
     "hidden_size": 64,
@@ -69,45 +58,30 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
     "qwen3-tied-bias": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True, attention_bias=True),
 }
-TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """name -> (folder, its weights, transformers' logits)"""
+def cases(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    cases = {}
-    for name, config in CONFIGS.items():
-        weights = save_random_model(config, root / name)
-        with torch.no_grad():
-            cases[name] = root / name, weights, random_model(config)(TOKENS).logits
-    return cases
+    return {name: family_case(config, root / name, name) for name, config in CONFIGS.items()}
 
 
-def compare(folders, layout, spec, root):
-    """In one rank: largest relative difference of the logits by family; weights are asserted bitwise."""
-    differences = {}
-    for name, (folder, weights, reference) in folders.items():
-        bridge = AutoBridge.from_hf_pretrained(folder)
-        model = bridge.to_megatron_model(**layout, layer_spec=spec)
-        logits = megatron_logits(model, TOKENS)[..., : SIZES["vocab_size"]]
-        differences[name] = relative_difference(logits, reference)
-        exported = dict(bridge.export_hf_weights(model))
-        assert exported.keys() == weights.keys(), name
-        for key, tensor in exported.items():
-            assert torch.equal(tensor, weights[key]), f"{name}: {key}"
-        if root is not None:
-            bridge.save_megatron_model(model, root / name)
-    return differences
+@pytest.fixture(scope="module")
+def folders(cases):
+    """name -> (folder, its weights, transformers' logits)"""
+    return {name: (case.folder, case.weights, case.logits) for name, case in cases.items()}
 
 
 @pytest.mark.parametrize("spec", ["torch", "local"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_and_round_trip(folders, layout, spec):
-    sizes = LAYOUTS[layout]
-    differences = run_ranks(sizes.get(TP, 1) * sizes.get(PP, 1), compare, folders, sizes, spec, None)[0]
-    assert differences.keys() == CONFIGS.keys()
-    assert max(differences.values()) < 1e-5, differences
+def test_logits_and_round_trip(cases, layout, spec):
+    assert compare(list(cases.values()), layout, spec).keys() == CONFIGS.keys()
+
+
+def save_at(folders, root, layout):
+    for name, (folder, _, _) in folders.items():
+        bridge = AutoBridge.from_hf_pretrained(folder)
+        bridge.save_megatron_model(bridge.to_megatron_model(**layout, layer_spec="torch"), root / name)
 
 
 def reload_and_export(folders, root, layout):
@@ -118,58 +92,18 @@ def reload_and_export(folders, root, layout):
         assert exported.keys() == weights.keys(), name
         for key, tensor in exported.items():
             assert torch.equal(tensor, weights[key]), f"{name}: {key}"
-    return True
 
 
 @pytest.mark.parametrize(("written", "read"), [("tp2", "pp2"), ("vpp2", "tp2"), ("single", "tp2pp2")])
 def test_a_checkpoint_written_at_one_layout_exports_at_another(folders, tmp_path, written, read):
-    for layout, job in ((written, None), (read, "read")):
+    for layout, job in ((written, save_at), (read, reload_and_export)):
         sizes = LAYOUTS[layout]
-        ranks = sizes.get(TP, 1) * sizes.get(PP, 1)
-        if job is None:
-            run_ranks(ranks, compare, folders, sizes, "torch", tmp_path)
-        else:
-            assert all(run_ranks(ranks, reload_and_export, folders, tmp_path, sizes))
+        run_ranks(sizes.get(TP, 1) * sizes.get(PP, 1), job, folders, tmp_path, sizes)
 
 
-def table_of(name):
-    return AutoBridge.from_hf_config(_with_architecture(name)).model_bridge.mapping_registry()
-
-
-def _with_architecture(name):
-    config = CONFIGS[name]
-    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
-    return config
-
-
-ALL_RULES = [(name, rule.megatron) for name in CONFIGS for rule in table_of(name).rules]
-
-
-@pytest.mark.parametrize("name", ["llama-biases", "qwen3-tied-bias"])
-def test_without_any_one_rule_nothing_is_converted_and_the_weights_are_named(folders, name):
-    folder, _, _ = folders[name]
-    messages = run_ranks(1, _delete_each_rule, folder)[0]
-    table = table_of(name)
-    assert messages.keys() == {rule.megatron for rule in table.rules}
-    for rule in table.rules:
-        assert rule.pattern.format({"l": 0}) in messages[rule.megatron]
-        for hf_name in rule.hf_for({"l": 0}):
-            assert hf_name in messages[rule.megatron]
-
-
-def _delete_each_rule(folder):
-    bridge = AutoBridge.from_hf_pretrained(folder)
-    model = bridge.to_megatron_model(load_weights=False)
-    before = [parameter.clone() for parameter in model[0].parameters()]
-    table, messages = bridge.model_bridge.mapping_registry(), {}
-    for rule in table.rules:
-        rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
-        bridge.model_bridge.mapping_registry = lambda rest=rest: rest
-        with pytest.raises(PlanError) as caught:
-            bridge.load_hf_weights(model)
-        messages[rule.megatron] = str(caught.value)
-    assert all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True))
-    return messages
+@pytest.mark.parametrize(("name", "rules"), [("llama-biases", 13), ("qwen3-tied-bias", 12)])
+def test_without_any_one_rule_nothing_is_converted_and_the_weights_are_named(cases, name, rules):
+    assert run_ranks(1, refuse_without_any_rule, cases[name]) == [rules]
 
 
 def test_tensor_parallelism_that_does_not_divide_the_heads_says_which_would(folders):

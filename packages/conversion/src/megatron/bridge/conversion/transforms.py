@@ -7,7 +7,6 @@ columns that the wanted region of the result needs, so the same code serves a te
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -275,24 +274,35 @@ class Transposed(Transform):
 
 
 @dataclass(frozen=True)
-class Reshaped(Transform):
-    """The same elements in the same order under another shape on the Hugging Face side, e.g. `[heads, size]`.
+class PermuteBlocks(Transform):
+    """Equal blocks of rows in another order: block i of the Megatron tensor is the other side's block `order[i]`.
 
     Args:
-        shape: the Hugging Face shape of the whole tensor. The Megatron tensor has one axis.
+        order: a permutation of 0 to n - 1, for n blocks.
     """
 
-    shape: Shape
+    order: tuple[int, ...]
 
     def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
-        return (prod(hf[0]),)
+        return hf[0]
 
     def hf_shapes(self, megatron: Shape) -> list[Shape]:
-        return [self.shape]
+        return [megatron]
 
     def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
-        ((start, stop),) = region
-        return hf[0].read(whole(self.shape)).flatten()[start:stop]
+        import torch
+
+        start, stop = region[0]
+        rows = hf[0].shape[0] // len(self.order)
+        pieces = []
+        for block in range(start // rows, -(-stop // rows)):
+            low, high = max(start - block * rows, 0), min(stop - block * rows, rows)
+            first = self.order[block] * rows
+            pieces.append(hf[0].read(_on_axis(region, 0, first + low, first + high)))
+        return torch.cat(pieces)
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
-        return [megatron.reshape(self.shape)]
+        import torch
+
+        blocks = megatron.chunk(len(self.order))
+        return [torch.cat([blocks[self.order.index(place)] for place in range(len(blocks))])]

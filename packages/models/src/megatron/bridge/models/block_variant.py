@@ -38,9 +38,13 @@ class BlockVariant:
         query_temperature: (beta, positions): a query at position p is multiplied by 1 + beta * log(1 + p // positions).
         attention_softcap: scores s become cap * tanh(s / cap).
         embedding_multiplier: factor on the token embeddings, rounded to their dtype.
+        embedding_norm: a norm on the embeddings.
+        position_offset: rows of learned positions that are never looked up; position p has row p + offset.
+        alibi_slopes: per head of the model, the penalty of a score per position between query and key.
         residual_multiplier: factor on what attention and the MLP add to the residual.
         logits_multiplier: factor on the logits.
         logits_softcap: logits l become cap * tanh(l / cap).
+        rotary_reversed: queries and keys turn the other way round.
         output_bias: bias of the output layer.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
@@ -56,9 +60,13 @@ class BlockVariant:
     query_temperature: tuple[float, int] | None = None
     attention_softcap: float | None = None
     embedding_multiplier: float = 1.0
+    embedding_norm: bool = False
+    position_offset: int = 0
+    alibi_slopes: list[float] | None = None
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float | None = None
+    rotary_reversed: bool = False
     output_bias: bool = False
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
@@ -87,6 +95,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
 def _is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
+    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed"}
     fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
     return all(getattr(variant, field.name) == field.default for field in fields)
 
@@ -132,6 +141,8 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
         params["softcap"] = variant.attention_softcap
     if variant.query_temperature is not None:
         params["temperature"] = variant.query_temperature
+    if variant.alibi_slopes is not None:
+        params["slopes"] = tuple(variant.alibi_slopes)
     if variant.qk_norm_after_rope:
         params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)

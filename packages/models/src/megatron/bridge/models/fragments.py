@@ -36,6 +36,7 @@ class HFNames:
 
     embedding: str = "model.embed_tokens"
     positions: str | None = None
+    embedding_norm: str | None = None
     layer: str = "model.layers.{l}"
     final_norm: str = "model.norm"
     output: str = "lm_head"
@@ -60,11 +61,13 @@ class HFNames:
 LLAMA_NAMES = HFNames()
 
 
-def embedding(vocab_size: int, names: HFNames = LLAMA_NAMES) -> list[WeightRule]:
-    """The token embedding, cut along the vocabulary, and learned positions where there are any."""
+def embedding(vocab_size: int, names: HFNames = LLAMA_NAMES, norm: tuple[str, ...] = WEIGHT) -> list[WeightRule]:
+    """The token embedding, cut along the vocabulary, and learned positions and a norm where there are any."""
     rules = [WeightRule("embedding.word_embeddings.weight", f"{names.embedding}.weight", PadRows(vocab_size), COLUMN)]
     if names.positions is not None:
         rules.append(WeightRule("embedding.position_embeddings.weight", f"{names.positions}.weight"))
+    if names.embedding_norm is not None:
+        rules += [WeightRule(f"embedding.layernorm.{kind}", f"{names.embedding_norm}.{kind}") for kind in norm]
     return rules
 
 
@@ -129,6 +132,7 @@ def attention(
     qk_norm: bool = False,
     qk_norm_kinds: tuple[str, ...] = WEIGHT,
     qk_norm_after_rope: bool = False,
+    fused: Transform | None = None,
     names: HFNames = LLAMA_NAMES,
 ) -> list[WeightRule]:
     """Grouped-query attention.
@@ -141,17 +145,19 @@ def attention(
         qk_norm: a norm over each query's and key's channels.
         qk_norm_kinds: that norm's parameters.
         qk_norm_after_rope: that norm follows the rotation.
+        fused: how one weight holds q, k and v, where the names do not say it.
         names: of the Hugging Face modules.
     """
-    fused: Transform = InterleaveGroups((heads // groups * head_dim, head_dim, head_dim))
-    if len(names.qkv) == 1:
-        fused = Identity() if names.grouped_qkv else Stacked(fused)
+    separate = InterleaveGroups((heads // groups * head_dim, head_dim, head_dim))
+    if fused is None and len(names.qkv) == 1:
+        fused = Identity() if names.grouped_qkv else Stacked(separate)
+    layout = fused or separate
     hf = names.layer
     own = f"{_LAYER}.self_attention"
 
     def qkv(kind: str) -> WeightRule:
         sources = tuple(f"{hf}.{name}.{kind}" for name in names.qkv)
-        return WeightRule(f"{own}.linear_qkv.{kind}", sources, names.matrix(kind, fused), COLUMN)
+        return WeightRule(f"{own}.linear_qkv.{kind}", sources, names.matrix(kind, layout), COLUMN)
 
     output = f"{hf}.{names.attention_output}"
     rules = [qkv("weight"), WeightRule(f"{own}.linear_proj.weight", f"{output}.weight", names.matrix("weight"), ROW)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.bridge.models.block_variant import BlockVariant
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
+from megatron.bridge.models.layer_specs.norms import torch_norm
 
 
 class BridgeGPTModel(GPTModel):
@@ -26,8 +27,14 @@ class BridgeGPTModel(GPTModel):
     def apply_variant(self, variant: BlockVariant) -> None:
         """Take on what a variant says about the model outside its layers' specs."""
         self.logits_multiplier, self.logits_softcap = variant.logits_multiplier, variant.logits_softcap
+        # What the configuration calls positions are those that can be looked up.
+        self.max_position_embeddings -= variant.position_offset
         if self.pre_process and variant.embedding_multiplier != 1.0:
-            self.embedding.register_forward_hook(_Multiplier(variant.embedding_multiplier))
+            self.embedding.word_embeddings.register_forward_hook(_Multiplier(variant.embedding_multiplier))
+        if self.pre_process and variant.position_offset:
+            self.embedding.position_embeddings.register_forward_pre_hook(_Offset(variant.position_offset))
+        if self.pre_process and variant.embedding_norm:
+            self._add_embedding_norm(variant)
         if self.post_process and variant.output_bias:
             self._add_output_bias()
         for layer in self.decoder.layers:
@@ -40,6 +47,18 @@ class BridgeGPTModel(GPTModel):
         bias = torch.nn.Parameter(torch.zeros(rows, dtype=self.config.params_dtype, device=place.device))
         set_tensor_model_parallel_attributes(bias, True, 0, 1)
         self.output_layer.bias = bias
+
+    def _add_embedding_norm(self, variant: BlockVariant) -> None:
+        norm = torch_norm(
+            self.config,
+            self.config.hidden_size,
+            self.config.layernorm_epsilon,
+            weight=variant.norm_weight,
+            bias=variant.norm_bias,
+        )
+        place = self.embedding.word_embeddings.weight
+        self.embedding.layernorm = norm.to(place.device, place.dtype)
+        self.embedding.register_forward_hook(lambda embedding, inputs, output: embedding.layernorm(output))
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
         if self.logits_multiplier != 1.0:
@@ -75,6 +94,16 @@ class BridgeGPTModel(GPTModel):
         share = logits.shape[-1]
         first = share * self.pg_collection.tp.rank()
         return torch.arange(first, first + share, device=logits.device) >= held
+
+
+class _Offset:
+    """A forward pre-hook that adds to a module's one input."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0] + self.value,)
 
 
 class _Multiplier:

@@ -121,7 +121,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             config=config,
             transformer_layer_spec=spec,
             vocab_size=self.padded_vocab_size,
-            max_sequence_length=self.max_position_embeddings or self.seq_length,
+            max_sequence_length=(self.max_position_embeddings or self.seq_length) + self.position_offset,
             pre_process=pre_process,
             post_process=post_process,
             fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
@@ -139,15 +139,19 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         self._turn_positions(model)
         return model
 
-    def _turn_positions(self, model: torch.nn.Module) -> None:
+    def _turn_positions(self, model: Any) -> None:
         """Replace the model's plain RoPE where it is scaled, or differs between layers."""
         from megatron.bridge.models.rotary import apply_layer_rope_parameters, apply_rope_parameters
 
         positions = self.max_position_embeddings or self.seq_length
+        if self.rotary_reversed and (self.rope_parameters or self.layer_rope_parameters):
+            raise BridgeError("rotary_reversed=True goes with plain RoPE only; set rope_parameters to None")
         if self.layer_rope_parameters is not None:
             apply_layer_rope_parameters(model, self.layer_rope_parameters, positions)
         elif self.rope_parameters is not None:
             apply_rope_parameters(model, self.rope_parameters, positions)
+        elif self.rotary_reversed:
+            model.rotary_pos_emb.inv_freq = -model.rotary_pos_emb.inv_freq
 
     def replace(self, **changes: Any) -> "GPTModelProvider":
         """A copy with some fields changed; the hooks registered on this one are not carried over."""

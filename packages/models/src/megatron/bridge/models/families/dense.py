@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron.bridge.conversion import hf_config
 from megatron.bridge.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.transforms import Transform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models import fragments
 from megatron.bridge.models.families.activations import activation
@@ -64,6 +65,14 @@ class DenseBridge(MegatronModelBridge):
         """Provider fields, `BlockVariant`'s among them, in which the family departs from the Llama layout."""
         return {}
 
+    def sequence_length(self) -> int:
+        """Longest sequence, in tokens."""
+        return int(getattr(self.hf_config, self.shared_fields["max_position_embeddings"]))
+
+    def activation_function(self) -> Any:
+        """The MLP's activation."""
+        return activation(getattr(self.hf_config, self.activation_field))
+
     def rope_fields(self) -> dict[str, Any]:
         """Provider fields about positions."""
         rope = hf_config.rope(self.hf_config)
@@ -84,11 +93,11 @@ class DenseBridge(MegatronModelBridge):
             **window_fields(self.windows()),
             **self.rope_fields(),
             "kv_channels": hf_config.head_dim(config),
-            "seq_length": getattr(config, self.shared_fields["max_position_embeddings"]),
+            "seq_length": self.sequence_length(),
             "normalization": self.normalization,
             "norm_weight": "weight" in self.norm_kinds,
             "norm_bias": self.normalization == "RMSNorm" or "bias" in self.norm_kinds,
-            "activation_func": activation(getattr(config, self.activation_field)),
+            "activation_func": self.activation_function(),
             "gated_linear_unit": self.gated,
             "add_bias_linear": False,
             "add_qkv_bias": self.qkv_bias(),
@@ -103,21 +112,21 @@ class DenseBridge(MegatronModelBridge):
         tied = bool(config.tie_word_embeddings)
         shared = bool(differences.get("shared_pre_norm"))
         mlp = fragments.gated_mlp if self.gated else fragments.plain_mlp
-        heads = config.num_attention_heads
         return WeightTable.of(
-            fragments.embedding(config.vocab_size, names),
+            fragments.embedding(config.vocab_size, names, self.norm_kinds),
             fragments.pre_norms(self.norm_kinds, shared=shared, names=names)
             if differences.get("pre_norm", True)
             else [],
             fragments.attention(
-                heads=heads,
-                groups=differences.get("num_query_groups") or getattr(config, "num_key_value_heads", None) or heads,
+                heads=config.num_attention_heads,
+                groups=self._groups(differences),
                 head_dim=hf_config.head_dim(config),
                 qkv_bias=self.qkv_bias(),
                 output_bias=self.output_bias(),
                 qk_norm=self.qk_norm(),
                 qk_norm_kinds=self.norm_kinds if differences.get("qk_norm_over") is None else fragments.WEIGHT,
                 qk_norm_after_rope=bool(differences.get("qk_norm_after_rope")),
+                fused=self.fused_qkv(),
                 names=names,
             ),
             fragments.post_norms(self.norm_kinds, names=names) if differences.get("post_norm") else [],
@@ -132,6 +141,16 @@ class DenseBridge(MegatronModelBridge):
             tied=fragments.tied_head(tied=tied, names=names),
             ignored=self.ignored(),
         )
+
+    def _groups(self, differences: Mapping[str, Any]) -> int:
+        """Key/value heads."""
+        stated = self.shared_fields.get("num_query_groups")
+        groups = differences.get("num_query_groups") or (stated and getattr(self.hf_config, stated))
+        return int(groups or self.hf_config.num_attention_heads)
+
+    def fused_qkv(self) -> Transform | None:
+        """How one weight holds q, k and v, where neither one after another nor group by group says it."""
+        return None
 
     def ignored(self) -> tuple[str, ...]:
         """Hugging Face weights that carry nothing: frequencies that transformers stored before 4.32."""

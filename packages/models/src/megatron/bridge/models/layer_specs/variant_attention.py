@@ -1,6 +1,6 @@
-"""Core attention with what PyTorch's fused kernels do not have: soft-capped scores, norms after RoPE, temperatures."""
+"""Core attention with what PyTorch's fused kernels lack: soft-capped scores, ALiBi, norms after RoPE, temperatures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ class VariantAttention(SDPAttention):
     """`SDPAttention` after changes to queries, keys and scores.
 
     Args:
-        softcap: scores s become softcap * tanh(s / softcap); they are then computed as a matrix, in fp32.
+        softcap: scores s become softcap * tanh(s / softcap); they are then a matrix, computed in fp32.
         norm: builds a norm of each query's and key's channels.
+        slopes: per head of the whole model; a score falls by slope * (positions between query and key), as ALiBi
+            (arXiv:2108.12409).
         temperature: (beta, positions): queries at position p are multiplied by 1 + beta * log(1 + p // positions).
     """
 
@@ -24,10 +26,11 @@ class VariantAttention(SDPAttention):
         softcap: float | None = None,
         norm: Callable[..., nn.Module] | None = None,
         temperature: tuple[float, int] | None = None,
+        slopes: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.softcap, self.temperature = softcap, temperature
+        self.softcap, self.temperature, self.slopes = softcap, temperature, slopes
         if norm is not None:
             size, eps = self.config.kv_channels, self.config.layernorm_epsilon
             self.q_layernorm = norm(self.config, size, eps)
@@ -38,9 +41,9 @@ class VariantAttention(SDPAttention):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.temperature is not None:
             query = query * self._temperatures(query.shape[2], key.shape[2], query)
-        if self.softcap is None:
+        if self.softcap is None and self.slopes is None:
             return super()._attend(query, key, value, hidden)
-        return self._attend_capped(query, key, value, hidden, self.softcap)
+        return self._attend_by_scores(query, key, value, hidden)
 
     def _temperatures(self, queries: int, keys: int, like: Tensor) -> Tensor:
         """`[queries, 1]`, the last query standing at the last key."""
@@ -48,16 +51,29 @@ class VariantAttention(SDPAttention):
         place = torch.arange(keys - queries, keys, device=like.device)
         return (1 + beta * torch.log(1 + torch.floor(place / positions)))[:, None].to(like.dtype)
 
-    def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, cap: float) -> Tensor:
+    def _attend_by_scores(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
         shared = query.shape[1] // key.shape[1]
         if shared > 1:
             key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
         scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = (query @ key.transpose(2, 3)).float() * scale
-        scores = cap * torch.tanh(scores / cap)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.slopes is not None:
+            scores = scores + self._penalties(self.slopes, query, key.shape[2])
         seen = self.visible(query.shape[2], key.shape[2], hidden, query.device)
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf)
         with self._dropout_generator() as probability:
             weights = torch.nn.functional.dropout(scores.softmax(-1).to(value.dtype), probability)
         return weights @ value
+
+    def _penalties(self, slopes: Sequence[float], query: Tensor, keys: int) -> Tensor:
+        """`[heads of this rank, 1, keys]`: slope * key position, which differs by a constant per query from ALiBi's."""
+        from megatron.core.parallel_state import get_tensor_model_parallel_rank
+
+        heads = query.shape[1]
+        first = get_tensor_model_parallel_rank() * heads
+        own = torch.tensor(slopes[first : first + heads], dtype=torch.float32, device=query.device)
+        # Counted back from the last key, so that what a query sees most of stays near zero.
+        return own[:, None, None] * torch.arange(1 - keys, 1, device=query.device)
