@@ -65,7 +65,7 @@ def ranks(layout):
 def test_checkpoints_are_those_that_a_model_writes(folders, tmp_path, layout):
     sizes = LAYOUTS[layout]
     run_ranks(ranks(sizes), save_live, folders, sizes, tmp_path / "live")
-    for name, (folder, _, single) in folders.items():
+    for name, (folder, weights, single) in folders.items():
         offline = single
         if TP in sizes:
             offline = tmp_path / "offline" / name
