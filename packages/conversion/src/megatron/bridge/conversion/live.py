@@ -48,7 +48,9 @@ class TensorsInMemory:
 
 
 @dataclass(frozen=True)
-class _SourceTensor:
+class SourceTensor:
+    """A weight of a source, for transforms to read."""
+
     source: WeightSource
     name: str
     shape: Shape
@@ -171,7 +173,7 @@ def _refuse_uneven(plan: Plan, layout: Layout, what: str) -> None:
 def _fill(target: "torch.Tensor", item: PlanItem, source: WeightSource, layout: Layout) -> None:
     import torch
 
-    inputs = [_SourceTensor(source, name, shape) for name, shape in zip(item.hf, item.hf_shapes, strict=True)]
+    inputs = [SourceTensor(source, name, shape) for name, shape in zip(item.hf, item.hf_shapes, strict=True)]
     rule = item.rule.shard
     group, axis = layout.dividing(rule), cut_axis(rule)
     regions = rule.regions(item.shape, group.rank(), group.size())
