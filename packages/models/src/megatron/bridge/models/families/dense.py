@@ -38,7 +38,7 @@ def shared_fields(without: Sequence[str] = (), **changes: str) -> dict[str, str]
 class DenseBridge(MegatronModelBridge):
     """The Llama layout: RMSNorm before attention and a gated MLP; subclasses say where their family differs."""
 
-    shared_fields = SHARED_FIELDS
+    shared_fields: ClassVar[Mapping[str, str]] = SHARED_FIELDS
     names: ClassVar[fragments.HFNames] = fragments.LLAMA_NAMES
     normalization: ClassVar[str] = "RMSNorm"
     norm_kinds: ClassVar[tuple[str, ...]] = fragments.WEIGHT

@@ -35,8 +35,9 @@ class FalconBridge(DenseBridge):
 
     @property
     def names(self) -> HFNames:  # type: ignore[override]
-        two = {"input_norm": "ln_attn", "mlp_norm": "ln_mlp"} if self._two_norms_in_parallel() else {}
-        return HFNames(**_NAMES, **two)
+        if self._two_norms_in_parallel():
+            return HFNames(**_NAMES, input_norm="ln_attn", mlp_norm="ln_mlp")
+        return HFNames(**_NAMES)
 
     def _two_norms_in_parallel(self) -> bool:
         config = self.hf_config
