@@ -5,7 +5,6 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.testing import RankFailed, random_model, run_ranks
 from megatron.bridge.testing.families import LAYOUTS, expect_same_weights, family_case
 
@@ -35,6 +34,9 @@ CASES = {
     "hyperclovax": {**SCALED, "head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
     "phi": {},
+    "apertus": {},
+    "bloom": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
 }
 
 
@@ -85,7 +87,9 @@ def test_gradients_are_those_of_transformers(cases, layout):
         wanted = gradients_of_transformers(case)
         assert wanted.keys() <= found[name].keys()
         for key, gradient in wanted.items():
-            assert relative_difference(found[name][key], gradient) < 1e-4, f"{name}: {key}"
+            # A bias of keys that are not turned changes no output: its gradient is nothing but rounding.
+            allowed = max(1e-4 * float(gradient.abs().max()), 1e-5)
+            assert float((found[name][key] - gradient).abs().max()) < allowed, f"{name}: {key}"
 
 
 def save(cases, root, layout):

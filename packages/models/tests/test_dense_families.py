@@ -41,6 +41,7 @@ CASES = {
     "smollm3": ("smollm3", {}),
     "seed_oss": ("seed_oss", HEAD_16),
     "arcee-biases": ("arcee", HEAD_16 | {"attention_bias": True, "mlp_bias": True}),
+    "apertus": ("apertus", {}),
     "granite": ("granite", MULTIPLIERS | {"logits_scaling": 2.0}),
     "hyperclovax": ("hyperclovax", HEAD_16 | MULTIPLIERS | {"logits_scaling": 0.5}),
     "helium": ("helium", HEAD_16),

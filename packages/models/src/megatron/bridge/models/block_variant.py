@@ -18,6 +18,7 @@ from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.norms import ProjectionNorm, RowParallelLinearWithNorm, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
+from megatron.bridge.models.layer_specs.xielu import mlp_with_xielu
 
 type Builder = Callable[..., Any]
 
@@ -38,6 +39,7 @@ class BlockVariant:
         query_temperature: (beta, positions): a query at position p is multiplied by 1 + beta * log(1 + p // positions).
         attention_softcap: scores s become cap * tanh(s / cap).
         embedding_multiplier: factor on the token embeddings, rounded to their dtype.
+        trained_activation: the MLP's activation has parameters of its own (`xielu`); `activation_func` is then unused.
         embedding_norm: a norm on the embeddings.
         position_offset: rows of learned positions that are never looked up; position p has row p + offset.
         alibi_slopes: per head of the model, the penalty of a score per position between query and key.
@@ -60,6 +62,7 @@ class BlockVariant:
     query_temperature: tuple[float, int] | None = None
     attention_softcap: float | None = None
     embedding_multiplier: float = 1.0
+    trained_activation: Literal["xielu"] | None = None
     embedding_norm: bool = False
     position_offset: int = 0
     alibi_slopes: list[float] | None = None
@@ -114,6 +117,8 @@ def _layer(
         norm = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         attention = _changed(attention, linear_proj=lambda builder: _with_post_norm(builder, norm))
         mlp = _changed(mlp, linear_fc2=lambda builder: _with_post_norm(builder, norm))
+    if variant.trained_activation is not None:
+        mlp = functools.partial(mlp_with_xielu, mlp.func, *mlp.args, **mlp.keywords)
     if variant.residual_multiplier != 1.0:
         bdas = [_scaled(bda, variant.residual_multiplier) for bda in bdas]
     return dataclasses.replace(

@@ -1,6 +1,5 @@
 """Falcon 7B, 40B, 180B and 11B of TII (arXiv:2311.16867)."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,10 +35,9 @@ class FalconBridge(DenseBridge):
 
     @property
     def names(self) -> HFNames:  # type: ignore[override]
-        names = HFNames(**_NAMES)
-        if not self._two_norms_in_parallel():
-            return names
-        return dataclasses.replace(names, input_norm="ln_attn", mlp_norm="ln_mlp")
+        if self._two_norms_in_parallel():
+            return HFNames(**_NAMES, input_norm="ln_attn", mlp_norm="ln_mlp")
+        return HFNames(**_NAMES)
 
     def _two_norms_in_parallel(self) -> bool:
         config = self.hf_config
