@@ -122,9 +122,13 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
     tensor = model.tensor_model_parallel_size
     if model.sequence_parallel and tensor > 1 and model.seq_length % tensor:
         yield f"model.seq_length={model.seq_length} is not a multiple of model.tensor_model_parallel_size={tensor}"
-    for field in ("num_moe_experts", "multi_latent_attention"):
-        if getattr(model, field, None):
-            yield f"model.{field}={getattr(model, field)} is not supported by this training loop yet; leave it unset"
+    if getattr(model, "multi_latent_attention", False):
+        yield "model.multi_latent_attention=True is not supported by this training loop yet; leave it unset"
+    if getattr(model, "num_moe_experts", None) and tensor > 1 and not model.sequence_parallel:
+        yield (
+            f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size={tensor} trains with "
+            "model.sequence_parallel=true only; set it"
+        )
     if getattr(model, "context_parallel_size", 1) > 1:
         yield (
             f"model.context_parallel_size={model.context_parallel_size} is not supported by this training loop yet; "
