@@ -4,6 +4,9 @@ A random bf16 Llama is loaded into a Megatron model and saved again, in one CPU 
 run and on the same files, only moves bytes: `safetensors.torch.load_file` into tensors that exist (what any loading
 into a model must do), and `safetensors.torch.save_file` with its bytes synced to disk. The order alternates; medians
 are printed.
+
+With `--offline` there is no model: the folder becomes a Megatron checkpoint and that a folder again, by one and two
+workers; the alternative copies the folder's files by `load_file` and `save_file`, one by one, synced to disk too.
 """
 
 import argparse
@@ -20,11 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Shapes of Llama 3.2 1B (hidden, layers, heads, groups, feed-forward, vocabulary) and a small one to try the script.
-SIZES = {"1b": (2048, 16, 32, 8, 8192, 128256), "small": (512, 4, 8, 2, 2048, 8192)}
+# Hidden, layers, heads, groups, feed-forward, vocabulary; 1b is Llama 3.2 1B, small is there to try the script.
+SIZES = {
+    "1b": (2048, 16, 32, 8, 8192, 128256),
+    "7b": (4096, 32, 32, 32, 11008, 32000),  # Llama 2 7B
+    "small": (512, 4, 8, 2, 2048, 8192),
+}
 
 
-def make_folder(folder: Path, size: str) -> None:
+def make_folder(folder: Path, size: str, shard_bytes: float = 5e9) -> None:
     """A random Llama of the size, written shard by shard."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +54,7 @@ def make_folder(folder: Path, size: str) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     specs = {name: (tuple(tensor.shape), torch.bfloat16) for name, tensor in model.state_dict().items()}
-    with HFFolderWriter(folder, specs) as writer:
+    with HFFolderWriter(folder, specs, shard_bytes) as writer:
         for name, (shape, dtype) in specs.items():
             writer.write(name, torch.randn(shape).mul_(0.02).to(dtype))
         write_config(writer.partial, config.to_dict())
@@ -105,8 +112,91 @@ def ours(folder: Path, target: Path) -> tuple[float, float]:
     return loading, saving
 
 
+def copy(folder: Path, target: Path) -> float:
+    """Seconds to copy a folder's weights by safetensors alone, file by file."""
+    from safetensors.torch import load_file, save_file
+
+    def work() -> None:
+        target.mkdir()
+        for file in sorted(folder.glob("*.safetensors")):
+            save_file(load_file(file), target / file.name)
+            with (target / file.name).open("rb") as written:
+                os.fsync(written.fileno())
+
+    return timed(work)[0]
+
+
+def offline(kind: str, folder: str, target: str) -> None:
+    """One offline measurement in a process of its own (`copy`, `import-2`, `export-1`); prints JSON."""
+    import torch
+
+    # Imported on use, and not to be counted.
+    import torch.distributed.checkpoint
+    import transformers.models.llama.configuration_llama  # noqa: F401
+
+    from megatron.bridge.conversion.offline import export_checkpoint, import_checkpoint
+
+    torch.set_num_threads(1)
+    name, _, workers = kind.partition("-")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name == "copy":
+        seconds = copy(Path(folder), Path(target))
+    else:
+        convert = {"import": import_checkpoint, "export": export_checkpoint}[name]
+        seconds, _ = timed(lambda: convert(folder, target, workers=int(workers)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": seconds, "peak": peak, "imports": before}))
+
+
+def measure_offline(size: str, repeat: int, scratch: Path) -> None:
+    """Copy, import and export in turn; at most three copies of the weights lie on disk, two of a large model."""
+    folder, megatron, out = scratch / "model", scratch / "megatron", scratch / "out"
+    make_folder(folder, size, 1e9)
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    runs: dict[str, list[dict[str, float]]] = {}
+
+    def measured(kind: str, source: Path) -> None:
+        os.sync()
+        runs.setdefault(kind, []).append(run_child(kind, source, out))
+        if kind == "import-1" and not megatron.exists():
+            out.rename(megatron)
+        else:
+            shutil.rmtree(out)
+
+    for turn in range(repeat):
+        for kind in ("copy", "import-1", "import-2"):
+            measured(kind, folder)
+        if size == "7b" and turn == repeat - 1:
+            shutil.rmtree(folder)
+        for kind in ("export-1", "export-2"):
+            measured(kind, megatron)
+    report_offline(nbytes, runs)
+
+
+def report_offline(nbytes: int, runs: dict[str, list[dict[str, float]]]) -> None:
+    median = {
+        kind: {key: statistics.median(run[key] for run in results) for key in results[0]}
+        for kind, results in runs.items()
+    }
+    print(f"model: {nbytes / 1e9:.2f} GB bf16; medians of {len(runs['copy'])} runs")
+    print(f"{'':10}{'seconds':>9}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}{'imports':>9}")
+    for kind, figures in median.items():
+        seconds, peak, imports = figures["seconds"], figures["peak"] * 1024 / 1e9, figures["imports"] * 1024 / 1e9
+        speed, share = nbytes / 1e9 / seconds, median["copy"]["seconds"] / seconds
+        print(f"{kind:10}{seconds:9.2f}{speed:7.2f}{share:9.0%}{peak:9.2f}{imports:9.2f}")
+
+
+def run_child(kind: str, folder: Path, target: Path) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--child", kind, str(folder), str(target)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
 def child(kind: str, folder: str, target: str) -> None:
     """One measurement in a process of its own, so that peak memory is its own; prints JSON."""
+    if kind not in ("plain", "ours"):
+        offline(kind, folder, target)
+        return
     from megatron.bridge.platform.engine import import_engine
 
     import_engine()
@@ -119,21 +209,23 @@ def child(kind: str, folder: str, target: str) -> None:
 
 
 def measure(kind: str, folder: Path, scratch: Path) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", __file__, "--child", kind, str(folder), str(scratch / f"out-{kind}")]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+    return run_child(kind, folder, scratch / f"out-{kind}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--offline", action="store_true", help="files to files, without a model")
     parser.add_argument("--child", nargs=3, metavar=("KIND", "FOLDER", "TARGET"))
     options = parser.parse_args()
     if options.child:
         child(*options.child)
         return
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+        if options.offline:
+            measure_offline(options.size, options.repeat, Path(scratch))
+            return
         folder = Path(scratch) / "model"
         make_folder(folder, options.size)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -284,6 +284,7 @@ def publish(partial: Path, target: Path, iteration: int) -> None:
     """Rename a finished folder to its name, in place of one that is there, and make it the latest."""
     if target.exists():
         old = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed in between
         target.rename(old)
         partial.rename(target)
         shutil.rmtree(old)

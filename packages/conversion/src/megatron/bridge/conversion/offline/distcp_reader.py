@@ -1,6 +1,7 @@
 """Reads single weights of a Megatron distributed checkpoint, whatever layout wrote it, without loading the rest."""
 
 import io
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from megatron.bridge.conversion.checkpoint_layout import CheckpointError, resolve
+from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE, CheckpointError, resolve
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS
 from megatron.bridge.conversion.offline.keys import Place, stored_weights
 from megatron.bridge.conversion.table import WeightTable
@@ -47,13 +48,20 @@ class MegatronWeights(Mapping[str, StoredWeight]):
 
         self.folder = resolve(path)
         metadata = read_metadata(self.folder)
-        check_files(self.folder, metadata)
-        self._entries: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(BESIDES_WEIGHTS)
-        }
-        self._stored = metadata.storage_data
+        try:
+            check_files(self.folder, metadata)
+            self._entries: dict[str, TensorStorageMetadata] = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata) and not key.startswith(BESIDES_WEIGHTS)
+            }
+            self._stored = metadata.storage_data
+            for key, entry in self._entries.items():
+                _refuse_gaps(key, entry, self._stored)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder / METADATA_FILE} is damaged ({error}); take another copy of the checkpoint"
+            ) from error
         found = stored_weights(table, {key: tuple(entry.size) for key, entry in self._entries.items()})
         self._weights = {
             name: StoredWeight(place, shape, self._entries[place.key].properties.dtype)
@@ -77,8 +85,6 @@ class MegatronWeights(Mapping[str, StoredWeight]):
     @property
     def files(self) -> list[Path]:
         """The metadata and every file it names."""
-        from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE
-
         names = sorted({info.relative_path for info in self._stored.values()})
         return [self.folder / METADATA_FILE, *(self.folder / name for name in names)]
 
@@ -101,14 +107,14 @@ class MegatronWeights(Mapping[str, StoredWeight]):
                 continue
             source, target = overlap
             piece = self._load(index, chunk, weight.dtype)[source]
-            if piece.numel() == _count(weight.shape):
+            if piece.numel() == math.prod(weight.shape):
                 return piece.reshape(weight.shape)
             if result is None:
                 result = torch.empty([stop - start for start, stop in window], dtype=weight.dtype)
             result[target] = piece
             filled += piece.numel()
-        if result is None or filled != _count(weight.shape):
-            raise CheckpointError(f"{self.folder} holds {filled} of the {_count(weight.shape)} elements of {name}")
+        if result is None or filled != math.prod(weight.shape):
+            raise CheckpointError(f"{self.folder} holds {filled} of the {math.prod(weight.shape)} elements of {name}")
         return result.reshape(weight.shape)
 
     def _chunks(self, place: Place) -> list[Any]:
@@ -153,6 +159,26 @@ def _read_archive(path: Path, offset: int, length: int) -> Any:
             raise ValueError(f"the checksum of {spoiled} is wrong")
         section.seek(0)
         return torch.load(cast("IO[bytes]", section), map_location="cpu", weights_only=True)
+
+
+def _refuse_gaps(key: str, entry: Any, stored: Mapping[Any, Any]) -> None:
+    """Refuse a description whose chunks do not fill the tensor, or are larger than the bytes that hold them."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    size = tuple(entry.size)
+    filled = 0
+    for chunk in entry.chunks:
+        info = stored.get(MetadataIndex(key, chunk.offsets))
+        count = math.prod(chunk.sizes)
+        inside = len(size) == len(chunk.offsets) == len(chunk.sizes) and all(
+            min(start, length) >= 0 and start + length <= end
+            for start, length, end in zip(chunk.offsets, chunk.sizes, size, strict=True)
+        )
+        if not inside or info is None or count * entry.properties.dtype.itemsize > info.length:
+            raise ValueError(f"its entry for {key} {list(chunk.offsets)} fits neither the tensor nor the stored bytes")
+        filled += count
+    if filled != math.prod(size):
+        raise ValueError(f"its chunks of {key} hold {filled} elements, its shape {list(size)} needs {math.prod(size)}")
 
 
 class _Section(io.RawIOBase):
@@ -206,10 +232,3 @@ def _overlap(window: Any, offsets: Shape, sizes: Shape) -> tuple[tuple[slice, ..
         source.append(slice(low - offset, high - offset))
         target.append(slice(low - start, high - start))
     return tuple(source), tuple(target)
-
-
-def _count(shape: Shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

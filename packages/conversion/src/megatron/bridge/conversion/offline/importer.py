@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion import hf_config
 from megatron.bridge.conversion.auto_bridge import AutoBridge
-from megatron.bridge.conversion.checkpoint_layout import CheckpointError, iteration_folder
+from megatron.bridge.conversion.checkpoint_layout import (
+    METADATA_FILE,
+    CheckpointError,
+    iteration_folder,
+    write_latest_pointer,
+)
 from megatron.bridge.conversion.dist_checkpoint import check_files, publish, read_metadata
 from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.live import SourceTensor, check_ties
@@ -50,7 +55,7 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
     table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
     shapes = {name: info.shape for name, info in bridge.source.weights.items()}
-    plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple), what)
+    plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
     refuse_other_model(plan, bridge.model_bridge, what)
     return plan
 
@@ -89,8 +94,9 @@ def import_checkpoint(
     """
     bridge = AutoBridge.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code, revision=revision)
     target = iteration_folder(megatron_path, 0)
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists; choose another folder, remove it, or ask for it to be overwritten")
+    journal_file = target.with_name(f".{target.name}.journal")
+    if not overwrite and not journal_file.exists():
+        _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
     weights = bridge.source.weights  # type: ignore[union-attr]
@@ -108,17 +114,33 @@ def import_checkpoint(
 
     partial = target.with_name(f".{target.name}.offline")
     try:
-        journal = Journal(target.with_name(f".{target.name}.journal"), job)
+        journal = Journal(journal_file, job)
         try:
-            _write(partial, journal, files, read, workers, progress)
-            _complete(partial, bridge)
-            publish(partial, target, 0)
+            if _is_published(target, journal, files):
+                write_latest_pointer(target.parent, 0)
+            else:
+                if not overwrite:
+                    _refuse_existing(target)
+                _write(partial, journal, files, read, workers, progress)
+                _complete(partial, bridge)
+                publish(partial, target, 0)
             journal.remove()
         finally:
             journal.close()
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror} ({error.filename})") from error
     return target
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists; choose another folder, remove it, or ask for it to be overwritten")
+
+
+def _is_published(target: Path, journal: Journal, files: list[CheckpointFile]) -> bool:
+    """Whether the last attempt was cut off after its folder got its name, and before the pointer was written."""
+    whole = journal.continues and (target / METADATA_FILE).is_file()
+    return whole and all(journal.finished(target, file.name) is not None for file in files)
 
 
 def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int) -> list[CheckpointFile]:

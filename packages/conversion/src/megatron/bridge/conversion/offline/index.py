@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.names import NamePattern, skeleton
-from megatron.bridge.conversion.plan import Plan, PlanError
+from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem
 from megatron.bridge.conversion.table import WeightRule, WeightTable
-from megatron.bridge.conversion.transforms import InterleaveGroups, PadRows, Shape
+from megatron.bridge.conversion.transforms import Concatenate, InterleaveGroups, PadRows, Shape
 
 if TYPE_CHECKING:
     from megatron.bridge.conversion.model_bridge import MegatronModelBridge
 
 
-def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int) -> dict[str, Shape]:
+def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
     """Every Megatron weight that the table makes of these Hugging Face weights, with its global shape.
 
     Args:
@@ -24,18 +24,29 @@ def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple:
         hf: the checkpoint's weights with their shapes.
         vocab_multiple: the vocabulary is padded to a multiple of this; Megatron takes
             `make_vocab_size_divisible_by` times the tensor-parallel size.
+        what: named in errors.
+
+    Raises:
+        PlanError: shapes that no Megatron weight can be made of; all of them are listed.
     """
     by_skeleton = defaultdict(list)
     for name in hf:
         by_skeleton[skeleton(name)].append(name)
     shapes: dict[str, Shape] = {}
+    faults: list[str] = []
     for rule in table.rules:
         for indices in _met(rule, by_skeleton):
-            names = rule.hf_for(indices)
-            # What is absent is found by the plan; it needs the Megatron name to say for which weight.
+            names, megatron = rule.hf_for(indices), rule.pattern.format(indices)
             held = [tuple(hf[name]) for name in names if name in hf]
-            complete = len(held) == len(names)
-            shapes[rule.pattern.format(indices)] = _shape(rule, held, vocab_multiple) if complete else held[0]
+            # What is absent the plan will tell, with what is there instead; it needs a shape until then.
+            held += held[:1] * (len(names) - len(held))
+            try:
+                shapes[megatron] = _shape(rule, held, vocab_multiple)
+            except (IndexError, ValueError, ZeroDivisionError):
+                pairs = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, held, strict=True))
+                faults.append(f"{pairs}: no {megatron} can be made of these shapes")
+    if faults:
+        raise PlanError(f"{what}: nothing was converted, because of\n  " + "\n  ".join(faults))
     return shapes
 
 
@@ -53,13 +64,12 @@ def _met(rule: WeightRule, by_skeleton: Mapping[str, Iterable[str]]) -> list[dic
 
 def _shape(rule: WeightRule, held: list[Shape], vocab_multiple: int) -> Shape:
     padded = held[0]
-    if isinstance(rule.transform, PadRows) and padded:
+    if isinstance(rule.transform, PadRows):
         padded = (-(-padded[0] // vocab_multiple) * vocab_multiple, *padded[1:])
-    try:
-        return rule.transform.megatron_shape(held, padded)
-    except (IndexError, ValueError, ZeroDivisionError):
-        # A shape that the transform cannot take at all; the plan compares the shapes and tells.
-        return held[0]
+    shape = rule.transform.megatron_shape(held, padded)
+    # Raises when the way back does not exist.
+    rule.transform.hf_shapes(shape)
+    return shape
 
 
 def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> None:
@@ -70,11 +80,15 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
     """
     config = bridge.shared_values()
     problems = _layer_problems(plan, config)
-    first: dict[str, Any] = {}
+    first: dict[str, PlanItem] = {}
     for item in plan:
-        first.setdefault(item.rule.megatron, item)
-    for item in first.values():
-        problems += [f"{item.megatron} {list(item.shape)}: {text}" for text in _size_problems(item, config)]
+        alike = first.setdefault(item.rule.megatron, item)
+        # One wrong size would otherwise be told once per layer.
+        if item is alike:
+            texts = _size_problems(item, config)
+        else:
+            texts = [f"{alike.megatron} is {list(alike.shape)}"] if item.shape != alike.shape else []
+        problems += [f"{item.megatron} {list(item.shape)} ({', '.join(item.hf)}): {text}" for text in texts]
     if problems:
         raise PlanError(
             f"{what}: the configuration does not describe these weights, so nothing was converted\n  "
@@ -83,35 +97,80 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
 
 
 def _layer_problems(plan: Plan, config: Mapping[str, Any]) -> list[str]:
-    wanted = config.get("num_layers")
-    if wanted is None:
-        return []
-    by_rule: dict[str, set[int]] = defaultdict(set)
+    """Layers that are missing or too many, and weights that only some layers have."""
+    layers_of: dict[WeightRule, set[int]] = defaultdict(set)
     for item in plan:
         indices = item.rule.pattern.match(item.megatron) or {}
         if "l" in indices and item.rule.megatron.startswith("decoder.layers."):
-            by_rule[item.rule.megatron].add(indices["l"])
-    # Not every layer has every weight, but some weight of each must be there.
-    layers = set().union(*by_rule.values()) if by_rule else set()
-    absent, extra = sorted(set(range(wanted)) - layers), sorted(layers - set(range(wanted)))
-    problems = [f"layers without weights: {absent}"] if absent else []
-    return problems + ([f"layers beyond the configuration's {wanted}: {extra}"] if extra else [])
+            layers_of[item.rule].add(indices["l"])
+    held = set().union(*layers_of.values())
+    wanted = set(range(config.get("num_layers", len(held))))
+    problems = []
+    if absent := sorted(wanted - held):
+        problems.append(f"layers without weights: {absent}")
+    if extra := sorted(held - wanted):
+        problems.append(f"layers beyond the configuration's {len(wanted)}: {extra}")
+    for rule, layers in layers_of.items():
+        # Where layers are of several kinds, each layer that lacks this weight has another kind's in its place.
+        others = set().union(*(other for other in layers_of.values() if not other & layers))
+        if gap := sorted(wanted - layers - others - set(absent)):
+            names = ", ".join(name for layer in gap[:3] for name in rule.hf_for({"l": layer, "e": 0}))
+            problems.append(f"layers {gap} lack {rule.megatron}, made of {names}")
+    return problems
 
 
-def _size_problems(item: Any, config: Mapping[str, Any]) -> list[str]:
-    checks: list[tuple[str, str, int]] = []
+# The size of each axis of a weight, as a provider field; None where the configuration does not say it directly.
+_AXES: Mapping[str, tuple[str | None, ...]] = {
+    "embedding.word_embeddings.weight": (None, "hidden_size"),
+    "output_layer.weight": (None, "hidden_size"),
+    "decoder.final_layernorm.weight": ("hidden_size",),
+    "decoder.final_layernorm.bias": ("hidden_size",),
+    "decoder.layers.{l}.self_attention.linear_qkv.layer_norm_weight": ("hidden_size",),
+    "decoder.layers.{l}.self_attention.linear_qkv.layer_norm_bias": ("hidden_size",),
+    "decoder.layers.{l}.self_attention.linear_qkv.weight": (None, "hidden_size"),
+    "decoder.layers.{l}.self_attention.linear_qkv.bias": (None,),
+    "decoder.layers.{l}.self_attention.linear_proj.weight": ("hidden_size", None),
+    "decoder.layers.{l}.self_attention.linear_proj.bias": ("hidden_size",),
+    "decoder.layers.{l}.mlp.linear_fc1.layer_norm_weight": ("hidden_size",),
+    "decoder.layers.{l}.mlp.linear_fc1.layer_norm_bias": ("hidden_size",),
+    "decoder.layers.{l}.mlp.linear_fc1.weight": (None, "hidden_size"),
+    "decoder.layers.{l}.mlp.linear_fc1.bias": (None,),
+    "decoder.layers.{l}.mlp.linear_fc2.weight": ("hidden_size", "ffn_hidden_size"),
+    "decoder.layers.{l}.mlp.linear_fc2.bias": ("hidden_size",),
+}
+
+
+def _size_problems(item: PlanItem, config: Mapping[str, Any]) -> list[str]:
     name, shape, transform = item.rule.megatron, item.shape, item.rule.transform
-    if name == "embedding.word_embeddings.weight":
-        checks.append(("hidden_size", "columns", shape[-1]))
-    if name == "decoder.layers.{l}.mlp.linear_fc2.weight":
-        checks.append(("ffn_hidden_size", "columns", shape[-1]))
-    if isinstance(transform, InterleaveGroups) and name.endswith("linear_qkv.weight"):
-        checks.append(("num_query_groups", "query groups", shape[0] // transform.group_rows))
+    axes = _AXES.get(name)
+    if axes is not None and len(axes) != len(shape):
+        return [f"its shape should have {len(axes)} axes"]
     problems = [
-        f"{found} {kind}, the configuration's {field} is {config[field]}"
-        for field, kind, found in checks
-        if config.get(field) is not None and config[field] != found
+        f"axis {axis} has {size}, the configuration's {field} is {config[field]}"
+        for axis, (size, field) in enumerate(zip(shape, axes or (), strict=False))
+        if field is not None and config.get(field) not in (None, size)
     ]
+    if transform.megatron_shape(item.hf_shapes, shape) != shape:
+        problems.append(f"its shape cannot be taken apart by {transform}")
+    if isinstance(transform, InterleaveGroups) and (groups := config.get("num_query_groups")) is not None:
+        wanted = groups * transform.group_rows
+        if ".linear_qkv." in name and shape[0] != wanted:
+            problems.append(f"axis 0 has {shape[0]}, the configuration's {groups} query groups need {wanted}")
+    problems += _gated_problems(item, config)
     if isinstance(transform, PadRows) and shape[0] < transform.rows:
         problems.append(f"{shape[0]} rows, too few for the configuration's {transform.rows}")
     return problems
+
+
+def _gated_problems(item: PlanItem, config: Mapping[str, Any]) -> list[str]:
+    """A gated MLP's two halves against `ffn_hidden_size`."""
+    wanted = config.get("ffn_hidden_size")
+    transform = item.rule.transform
+    if (
+        wanted is None
+        or not item.rule.megatron.startswith("decoder.layers.{l}.mlp.linear_fc1.")
+        or not isinstance(transform, Concatenate)
+    ):
+        return []
+    found = item.shape[0] // transform.count
+    return [] if found == wanted else [f"its parts have {found} rows, the configuration's ffn_hidden_size is {wanted}"]
