@@ -151,7 +151,8 @@ def offline(kind: str, folder: str, target: str) -> None:
 def measure_offline(size: str, repeat: int, scratch: Path) -> None:
     """Copy, import and export in turn; at most three copies of the weights lie on disk, two of a large model."""
     folder, megatron, out = scratch / "model", scratch / "megatron", scratch / "out"
-    make_folder(folder, size, 1e9)
+    # In a child: a process begins with the peak memory of the one that starts it.
+    run_child("make", folder, Path(size))
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     runs: dict[str, list[dict[str, float]]] = {}
 
@@ -194,6 +195,10 @@ def run_child(kind: str, folder: Path, target: Path) -> dict[str, float]:
 
 def child(kind: str, folder: str, target: str) -> None:
     """One measurement in a process of its own, so that peak memory is its own; prints JSON."""
+    if kind == "make":
+        make_folder(Path(folder), target, 1e9)
+        print("{}")
+        return
     if kind not in ("plain", "ours"):
         offline(kind, folder, target)
         return
