@@ -14,6 +14,7 @@ from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.platform.cpu_layer import cpu_layer, replaced
 from megatron.bridge.platform.launch import RankFailed, run_layout, run_ranks, share_of_cores
+from megatron.bridge.platform.memory_limit import memory_limit
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer is for machines without CUDA")
 
@@ -252,3 +253,9 @@ def test_unequal_parts_are_gathered_scattered_and_exchanged():
         assert torch.equal(gathered, whole)
         assert torch.equal(scattered, own * 6)
         assert torch.equal(exchanged, torch.cat([own] * 3))
+
+
+def test_work_beyond_its_memory_limit_fails_and_the_limit_is_taken_back():
+    with memory_limit(2**28), pytest.raises(MemoryError):
+        bytearray(2**30)
+    assert len(bytearray(2**29)) == 2**29

@@ -305,14 +305,17 @@ def read_metadata(folder: Path) -> "Metadata":
     """
     from torch.distributed.checkpoint import FileSystemReader, Metadata
 
+    from megatron.bridge.platform.memory_limit import memory_limit
+
+    file = folder / METADATA_FILE
     try:
-        metadata = FileSystemReader(folder).read_metadata()
+        # The metadata is a pickle, in which a single wrong bit can ask for gigabytes before anything else goes wrong.
+        with memory_limit(2**30 + 100 * file.stat().st_size):
+            metadata = FileSystemReader(folder).read_metadata()
     except Exception as error:
-        raise CheckpointError(
-            f"{folder / METADATA_FILE} cannot be read ({reason(error)}); take another checkpoint"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read ({reason(error)}); take another checkpoint") from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{folder / METADATA_FILE} holds a {type(metadata).__name__}, not checkpoint metadata")
+        raise CheckpointError(f"{file} holds a {type(metadata).__name__}, not checkpoint metadata")
     return metadata
 
 
