@@ -204,3 +204,10 @@ def test_every_rank_reads_only_the_bytes_it_owns(folders, layout, share):
     sizes = LAYOUTS[layout]
     for count in run_ranks(sizes.get(TP, 1) * sizes.get(PP, 1), bytes_read):
         assert abs(count - share * total) < slack
+
+
+def test_an_unknown_layout_field_is_refused_with_the_nearest(folders, tmp_path):
+    bridge = AutoBridge.from_hf_pretrained(folders["llama"][0])
+    for build in (bridge.to_megatron_model, lambda **layout: bridge.load_megatron_model(tmp_path, **layout)):
+        with pytest.raises(BridgeError, match="has no field 'tensor_parallel_size'; did you mean"):
+            build(tensor_parallel_size=2)

@@ -1,5 +1,6 @@
 """`AutoBridge`: from a Hugging Face model to Megatron-Core and back."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from megatron.bridge.conversion import hf_config as reader
 from megatron.bridge.conversion.foreign import refuse_foreign_bridge
 from megatron.bridge.conversion.hf import HFSource
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
-from megatron.bridge.errors import BridgeError
+from megatron.bridge.errors import BridgeError, did_you_mean
 from megatron.bridge.registry import UnknownPlugin
 
 if TYPE_CHECKING:
@@ -132,10 +133,7 @@ class AutoBridge:
             layout: provider fields, e.g. `tensor_model_parallel_size=2`.
         """
         provider = self.to_megatron_provider(load_weights, dtype)
-        for name, value in layout.items():
-            if not hasattr(provider, name):
-                raise BridgeError(f"{type(provider).__name__} has no field {name!r}")
-            setattr(provider, name, value)
+        _set_fields(provider, layout)
         chunks: list[torch.nn.Module] = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
         return chunks
 
@@ -287,8 +285,7 @@ class AutoBridge:
         from megatron.bridge.conversion.megatron_checkpoint import load_model
 
         provider = self.to_megatron_provider(load_weights=False, dtype=dtype)
-        for name, value in layout.items():
-            setattr(provider, name, value)
+        _set_fields(provider, layout)
         provider.register_pre_wrap_hook(lambda chunks: load_model(chunks, path), loads_weights=True)
         chunks: list[torch.nn.Module] = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
         return chunks
@@ -332,6 +329,15 @@ class AutoBridge:
         """
         model = self.load_megatron_model(megatron_path, **layout)
         return self.save_hf_pretrained(model, hf_path, overwrite=overwrite, show_progress=show_progress)
+
+
+def _set_fields(provider: Any, values: Mapping[str, Any]) -> None:
+    """Set fields of a provider dataclass; a name that is none of them is refused with the nearest."""
+    known = {field.name for field in dataclasses.fields(provider)}
+    for name, value in values.items():
+        if name not in known:
+            raise BridgeError(f"{type(provider).__name__} has no field {name!r}{did_you_mean(name, known)}")
+        setattr(provider, name, value)
 
 
 def _bridge_class(config: "PretrainedConfig") -> type[MegatronModelBridge]:

@@ -201,26 +201,6 @@ def check_ties(plan: Plan, source: WeightSource, what: str) -> None:
             )
 
 
-def export_weights(
-    model: Model, table: WeightTable, what: str = "export", dtype: "torch.dtype | None" = None
-) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield every Hugging Face weight, whole, in the same order on every rank. Collective over the model's ranks.
-
-    The tensor is on the model's device; it may share memory with the model, so copy it before changing it.
-
-    Args:
-        model: chunks of this rank, wrapped or not.
-        table: the family's rules.
-        what: named in errors.
-        dtype: cast floating-point weights; None keeps the model's.
-
-    Raises:
-        PlanError: a weight has no rule, or copies of a tied weight differ between pipeline stages.
-    """
-    exporter = Exporter(model, table, what)
-    yield from exporter.weights(dtype)
-
-
 class Exporter:
     """An export of a spread model: its proven plan, then its weights. Made collectively, on every rank of the model."""
 
