@@ -73,10 +73,8 @@ def plain(folder: Path, target: Path) -> tuple[float, float]:
 
     files = sorted(folder.glob("*.safetensors"))
     headers = [load_file(file) for file in files]
-    held = [{name: torch.empty_like(tensor) for name, tensor in header.items()} for header in headers]
-    for tensors in held:
-        for tensor in tensors.values():
-            tensor.zero_()
+    # Zeroed, as the other side's model is: the first touch of fresh memory is no part of either's loading.
+    held = [{name: torch.zeros_like(tensor) for name, tensor in header.items()} for header in headers]
     del headers
 
     def load() -> None:
@@ -106,6 +104,9 @@ def ours(folder: Path, target: Path) -> tuple[float, float]:
     provider.perform_initialization = False
     provider.make_vocab_size_divisible_by = 64
     model = provider.provide_distributed_model(wrap_with_ddp=False)
+    for chunk in model:
+        for weight in chunk.parameters():
+            weight.data.zero_()
     loading, _ = timed(lambda: bridge.load_hf_weights(model))
     saving, _ = timed(lambda: bridge.save_hf_pretrained(model, target))
     shutil.rmtree(target)
@@ -152,7 +153,7 @@ def measure_offline(size: str, repeat: int, scratch: Path) -> None:
     """Copy, import and export in turn; at most three copies of the weights lie on disk, two of a large model."""
     folder, megatron, out = scratch / "model", scratch / "megatron", scratch / "out"
     # In a child: a process begins with the peak memory of the one that starts it.
-    run_child("make", folder, Path(size))
+    run_child("make-1", folder, Path(size))
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     runs: dict[str, list[dict[str, float]]] = {}
 
@@ -195,8 +196,8 @@ def run_child(kind: str, folder: Path, target: Path) -> dict[str, float]:
 
 def child(kind: str, folder: str, target: str) -> None:
     """One measurement in a process of its own, so that peak memory is its own; prints JSON."""
-    if kind == "make":
-        make_folder(Path(folder), target, 1e9)
+    if kind.startswith("make-"):
+        make_folder(Path(folder), target, float(kind.removeprefix("make-")) * 1e9)
         print("{}")
         return
     if kind not in ("plain", "ours"):
@@ -232,7 +233,8 @@ def main() -> None:
             measure_offline(options.size, options.repeat, Path(scratch))
             return
         folder = Path(scratch) / "model"
-        make_folder(folder, options.size)
+        # In a child: a process begins with the peak memory of the one that starts it.
+        run_child("make-5", folder, Path(options.size))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         runs: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
         for _ in range(options.repeat):
