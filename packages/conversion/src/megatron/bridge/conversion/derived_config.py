@@ -19,6 +19,7 @@ _MODEL_ATTRIBUTES = {
     "vocab_size": "unpadded_vocab_size",
     "share_embeddings_and_output_weights": "share_embeddings_and_output_weights",
     "max_position_embeddings": "max_position_embeddings",
+    "num_labels": "num_labels",
 }
 
 
@@ -41,10 +42,14 @@ def with_values(config: "PretrainedConfig", values: Mapping[str, Any]) -> "Pretr
 
 def config_json(config: "PretrainedConfig", source: Path | None, changes: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` should say: the source's own file with the changes, or the configuration object's values."""
+    changes = dict(changes)
+    if "num_labels" in changes:  # files spell it by naming the labels
+        changes |= {name: getattr(config, name) for name in ("id2label", "label2id")}
+        del changes["num_labels"]
     if source is None:
         values: dict[str, Any] = config.to_dict()
         values.pop("_name_or_path", None)
-        return values | dict(changes)
+        return values | changes
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # Files written before transformers 5 spell it `torch_dtype`.
     spelled = {"dtype": "torch_dtype"} if "torch_dtype" in values else {}

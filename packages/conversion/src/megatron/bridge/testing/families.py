@@ -68,11 +68,11 @@ def family_case(config: "PretrainedConfig", folder: Path, name: str | None = Non
     """
     import torch
 
+    from megatron.bridge.conversion.reference import logits_of
+
     weights = save_random_model(config, folder)
     tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        logits = random_model(config)(tokens).logits
-    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits)
+    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits_of(random_model(config), tokens))
 
 
 def check_family(

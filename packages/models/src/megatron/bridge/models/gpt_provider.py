@@ -1,6 +1,8 @@
 """`GPTModelProvider`: everything that defines a GPT model, as one dataclass that can build it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -34,6 +36,9 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         share_embeddings_and_output_weights: tie the output layer to the embedding.
         add_attention_output_bias, add_mlp_bias: bias of attention's output projection and of the MLP; None follows
             `add_bias_linear`.
+        num_labels: a classification or reward head of so many outputs per token replaces the vocabulary's output layer.
+        head_bias, head_dropout: of that head: whether it has a bias, and the dropout before it.
+        pad_token_id: padding, which a headed model passes over when it looks for a sequence's last token.
         layer_spec: a name of the group `megatron.bridge.layer_specs`; None takes `transformer_engine` where it runs,
             else `torch`.
     """
@@ -52,6 +57,10 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
     fp16_lm_cross_entropy: bool = False
     parallel_output: bool = True
     scatter_embedding_sequence_parallel: bool = True
+    num_labels: int | None = None
+    head_bias: bool = False
+    head_dropout: float = 0.0
+    pad_token_id: int | None = None
     layer_spec: str | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -106,9 +115,8 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         from megatron.core import parallel_state
 
         from megatron.bridge.models.biases import with_biases
-        from megatron.bridge.models.gpt_model import BridgeGPTModel
 
-        config = self.transformer_config()
+        config, build = self.transformer_config(), self._model_class()
         layer_spec = self.layer_spec or default_layer_spec()
         spec = LAYER_SPECS[layer_spec](config, vp_stage=vp_stage)
         spec = with_variant(spec, config, self)
@@ -117,7 +125,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        model = BridgeGPTModel(
+        model = build(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=self.padded_vocab_size,
@@ -138,6 +146,16 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         model.apply_variant(self)
         self._turn_positions(model)
         return model
+
+    def _model_class(self) -> Callable[..., Any]:
+        from megatron.bridge.models.gpt_model import BridgeGPTModel
+
+        if self.num_labels is None:
+            return BridgeGPTModel
+        from megatron.bridge.models.classification_head import HeadedGPTModel
+
+        names = ("num_labels", "head_bias", "head_dropout", "pad_token_id")
+        return functools.partial(HeadedGPTModel, **{name: getattr(self, name) for name in names})
 
     def _turn_positions(self, model: Any) -> None:
         """Replace the model's plain RoPE where it is scaled, or differs between layers."""
