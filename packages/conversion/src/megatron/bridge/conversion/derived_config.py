@@ -20,6 +20,7 @@ _MODEL_ATTRIBUTES = {
     "share_embeddings_and_output_weights": "share_embeddings_and_output_weights",
     "max_position_embeddings": "max_position_embeddings",
     "num_labels": "num_labels",
+    "encoder_num_layers": "encoder_num_layers",
 }
 
 

@@ -53,6 +53,8 @@ def _forward_step(rows: "Iterator[torch.Tensor]", chunk: Any) -> Any:
     import torch
 
     tokens = next(rows)
+    if getattr(chunk, "xattn_needed", False):  # an encoder-decoder; its decoder reads the same tokens
+        return chunk(tokens, tokens, None, None, None), lambda output, non_loss_data: output
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     return chunk(tokens, positions, None), lambda output, non_loss_data: output
 

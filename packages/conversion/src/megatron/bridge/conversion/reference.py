@@ -19,12 +19,15 @@ def model_class(config: "PretrainedConfig") -> Any:
 def logits_of(model: Any, input_ids: "torch.Tensor") -> "torch.Tensor":
     """Logits of every position in float32: [batch, sequence, vocabulary], or [batch, sequence, labels] under a head.
 
-    A sequence classifier gives out those of one token only, so its head is listened to.
+    The decoder of an encoder-decoder reads the same tokens as its encoder. A sequence classifier gives out those of one
+    token only, so its head is listened to.
     """
     import torch
 
     head = getattr(model, "score", None)
     with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            return model(input_ids=input_ids, decoder_input_ids=input_ids).logits.float()
         if head is None:
             return model(input_ids).logits.float()
         heard: list[torch.Tensor] = []

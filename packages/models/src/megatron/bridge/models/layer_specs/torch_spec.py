@@ -30,12 +30,13 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     Raises:
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
     """
-    _refuse_unsupported(config)
+    refuse_unsupported(config)
     block = with_layers(stock_block(config, vp_stage, engine=False), lambda layer: _with_torch_modules(layer, config))
     return dataclasses.replace(block, layer_norm=torch_norm)
 
 
-def _refuse_unsupported(config: TransformerConfig) -> None:
+def refuse_unsupported(config: TransformerConfig) -> None:
+    """Refuse a config that PyTorch's norms and attention cannot honour, naming each field and what to set instead."""
     faults = [
         f"{field}={getattr(config, field)!r}: {remedy}"
         for field, (supported, remedy) in _SUPPORTED.items()
