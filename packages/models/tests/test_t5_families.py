@@ -172,6 +172,19 @@ def test_training_on_two_stages_is_refused():
         provider.provide_distributed_model()
 
 
+def fresh_positions():
+    provider = AutoBridge.from_hf_config(CONFIGS["t5"]).to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    model = provider.provide_distributed_model(wrap_with_ddp=False)[0]
+    return model.decoder_relative_pos_emb.relative_attention_bias.weight.detach()
+
+
+def test_ranks_start_from_the_same_biases_of_positions():
+    first, second = run_ranks(2, fresh_positions)
+    assert torch.equal(first, second)
+    assert first.std() > 0.01
+
+
 def smaller(case, root):
     provider = AutoBridge.from_hf_pretrained(case.folder).to_megatron_provider(load_weights=False)
     provider.num_layers, provider.encoder_num_layers, provider.vocab_size = 1, 4, 100

@@ -124,7 +124,12 @@ def _all_gathered[T](value: T, group: Any, size: int) -> list[T]:
 
 
 def load_weights(
-    model: Model, table: WeightTable, source: WeightSource, what: str = "import", progress: Progress | None = None
+    model: Model,
+    table: WeightTable,
+    source: WeightSource,
+    what: str = "import",
+    progress: Progress | None = None,
+    kept: Sequence[str] = (),
 ) -> Plan:
     """Fill a model with Hugging Face weights. Collective over the model's ranks.
 
@@ -134,6 +139,7 @@ def load_weights(
         source: where the weights are.
         what: named in errors, e.g. the folder.
         progress: called with each Megatron name and the elements read for it on this rank.
+        kept: Megatron weights that keep their values, because the caller knows that the source has none for them.
 
     Raises:
         PlanError: the two sides do not correspond; no weight was touched.
@@ -141,7 +147,7 @@ def load_weights(
     """
     chunks = as_chunks(model)
     layout = Layout.of(chunks)
-    local = canonical_weights(chunks)
+    local = {name: weight for name, weight in canonical_weights(chunks).items() if name not in kept}
     index = megatron_index(table, local, layout)
     plan = import_plan(table, source.shapes, index.shapes, what)
     _refuse_uneven(plan, layout, what)
