@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.live import Model, Progress, WeightSource
     from megatron.bridge.conversion.live_export import Bucket, Exporter
     from megatron.bridge.conversion.plan import Plan
+    from megatron.bridge.conversion.weight_source import StoredWeights
 
 refuse_foreign_bridge()
 
@@ -167,17 +169,29 @@ class AutoBridge:
         table = self.model_bridge.mapping_registry()
         return load_weights(model, table, source, f"import of {what}", progress, process_groups)
 
-    def _weight_source(self, weights: Any) -> "tuple[WeightSource, str]":
-        from megatron.bridge.conversion.live import TensorsInMemory
-        from megatron.bridge.conversion.weight_source import FolderSource
+    @cached_property
+    def stored_weights(self) -> "StoredWeights":
+        """The weights of the bridge's own source, by name; those stored in few bits are decoded when they are read.
 
-        if weights is None and self.source is None:
+        Raises:
+            BridgeError: there is no source, its files are damaged, or its low-bit format is not supported.
+        """
+        from megatron.bridge.conversion.weight_source import open_weights
+
+        if self.source is None:
             raise BridgeError(
                 "this bridge was made from a configuration and has no weights; pass a folder or a state dict"
             )
-        if weights is None or isinstance(weights, str | Path):
-            source = self.source if weights is None else HFSource(weights)
-            return FolderSource(source.weights), source.path_or_id  # type: ignore[union-attr]
+        return open_weights(self.source, reader.dtype(self.hf_config))
+
+    def _weight_source(self, weights: Any) -> "tuple[WeightSource, str]":
+        from megatron.bridge.conversion.live import TensorsInMemory
+        from megatron.bridge.conversion.weight_source import open_weights
+
+        if weights is None:
+            return self.stored_weights, str(self.source and self.source.path_or_id)
+        if isinstance(weights, str | Path):
+            return open_weights(HFSource(weights), reader.dtype(self.hf_config)), str(weights)
         return TensorsInMemory(dict(weights)), "a state dict"
 
     # --- out of Megatron
