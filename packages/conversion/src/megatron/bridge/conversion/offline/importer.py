@@ -16,6 +16,7 @@ from megatron.bridge.conversion.checkpoint_layout import (
     write_latest_pointer,
 )
 from megatron.bridge.conversion.dist_checkpoint import check_files, publish, read_metadata
+from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.live import SourceTensor, check_ties
 from megatron.bridge.conversion.megatron_checkpoint import HF_FILES, describing_files
@@ -33,7 +34,7 @@ from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.keys import extra_state_keys, places
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, import_plan
-from megatron.bridge.conversion.weight_source import FolderSource
+from megatron.bridge.conversion.weight_source import quantization_config
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     if bridge.source is None:
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
     table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
-    shapes = {name: info.shape for name, info in bridge.source.weights.items()}
+    shapes = bridge.stored_weights.shapes
     plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
     refuse_other_model(plan, bridge.model_bridge, what)
     return plan
@@ -99,11 +100,11 @@ def import_checkpoint(
         _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
-    weights = bridge.source.weights  # type: ignore[union-attr]
-    source = FolderSource(weights)
+    weights, source = bridge.source.weights, bridge.stored_weights  # type: ignore[union-attr]
     check_ties(plan, source, f"import of {hf_model}")
     job = {
         "source": state_of([weights.folder / name for name in weights.files]),
+        "quantization": quantization_config(bridge.source),  # type: ignore[arg-type]
         "files": [[file.name, [f"{chunk.label}:{chunk.dtype}" for chunk in file.chunks]] for file in files],
         "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
     }
@@ -145,10 +146,10 @@ def _is_published(target: Path, journal: Journal, files: list[CheckpointFile]) -
 
 def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int) -> list[CheckpointFile]:
     found = places(plan)
-    held = bridge.source.weights  # type: ignore[union-attr]
+    held = bridge.stored_weights.dtypes
     chunks: list[Chunk] = []
     for item in plan:
-        stored = held[item.hf[0]].dtype
+        stored = held[base_name(item.hf[0])]
         chunks += chunks_of(item, found[item.megatron], dtype if stored.is_floating_point else stored)
     objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
     return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
