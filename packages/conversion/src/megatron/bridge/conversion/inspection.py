@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.plan import Plan
 from megatron.bridge.conversion.transforms import Shape
 
@@ -39,7 +40,7 @@ def inspect_plan(path: str | Path, *, trust_remote_code: bool = False) -> list[P
     bridge = AutoBridge.from_hf_pretrained(path, trust_remote_code=trust_remote_code)
     plan = offline_import_plan(bridge)
     held = bridge.source.weights  # type: ignore[union-attr]
-    return _rows(plan, {item.megatron: held[item.hf[0]].dtype for item in plan})
+    return _rows(plan, {item.megatron: held[base_name(item.hf[0])].dtype for item in plan})
 
 
 def is_megatron(path: str | Path) -> bool:
