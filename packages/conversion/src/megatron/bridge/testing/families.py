@@ -6,6 +6,7 @@ def test_my_family():
     check_family(MyConfig(hidden_size=64, ...))
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from megatron.bridge.conversion.table import WeightRule
+
 _TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 _VPP = "virtual_pipeline_model_parallel_size"
+_EP, _ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 # Name -> the provider fields that make the layout.
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -30,8 +34,14 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "vpp2": {_PP: 2, _VPP: 2},
     "tp2pp2": {_TP: 2, _PP: 2},
     "tp4": {_TP: 4},
+    "ep2": {_EP: 2},
+    "etp2": {_ETP: 2},
+    "tp2ep2": {_TP: 2, _EP: 2},
+    "tp2ep2etp1": {_TP: 2, _EP: 2, _ETP: 1},
 }
 EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
+# For mixtures of experts. Without a size of their own, experts are cut by tensor-parallel ranks as all else is.
+EXPERTS_EVERYWHERE: tuple[str, ...] = (*EVERYWHERE, "ep2", "etp2", "tp2ep2")
 
 
 class FamilyMismatch(AssertionError):
@@ -119,12 +129,18 @@ def compare(
         FamilyMismatch: some case's logits differ by more than `tolerance`, or a weight comes back changed.
     """
     sizes = LAYOUTS[layout]
-    ranks = sizes.get(_TP, 1) * sizes.get(_PP, 1)
-    found: dict[str, float] = run_ranks(ranks, _compare_in_rank, cases, sizes, layer_spec, timeout=600)[0]
+    found: dict[str, float] = run_ranks(_ranks(sizes), _compare_in_rank, cases, sizes, layer_spec, timeout=600)[0]
     above = {name: difference for name, difference in found.items() if not difference < tolerance}
     if above:
         raise FamilyMismatch(f"{layout}, layer spec {layer_spec}: logits differ from transformers' by {above}")
     return found
+
+
+def _ranks(sizes: Mapping[str, int]) -> int:
+    """The smallest world of a layout."""
+    tensor = sizes.get(_TP, 1)
+    experts = sizes.get(_EP, 1) * sizes.get(_ETP, tensor)
+    return sizes.get(_PP, 1) * math.lcm(tensor, experts)
 
 
 def _compare_in_rank(
@@ -176,12 +192,14 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
     import torch
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.live_weights import canonical_weights
     from megatron.bridge.conversion.plan import PlanError
     from megatron.bridge.conversion.table import WeightTable
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = bridge.to_megatron_model(load_weights=False)
     before = [parameter.clone() for parameter in model[0].parameters()]
+    weights = canonical_weights(model)
     table = bridge.model_bridge.mapping_registry()
     for rule in table.rules:
         rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
@@ -192,10 +210,20 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
             message = str(error)
         else:
             raise FamilyMismatch(f"{case.name}: the import went through without the rule for {rule.megatron}")
-        first = dict.fromkeys(rule.pattern.indices, 0)
-        unnamed = [name for name in (rule.pattern.format(first), *rule.hf_for(first)) if name not in message]
+        unnamed = [name for name in _first_names(rule, weights) if name not in message]
         if unnamed:
             raise FamilyMismatch(f"{case.name}: without its rule, {', '.join(unnamed)} is not named in: {message}")
     if not all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True)):
         raise FamilyMismatch(f"{case.name}: a refused import has changed the model")
     return len(table.rules)
+
+
+def _first_names(rule: "WeightRule", weights: "Iterable[str]") -> tuple[str, ...]:
+    """The first weight that a rule is for, by its names on both sides."""
+    from megatron.bridge.conversion.entries import base_name
+
+    for name in weights:
+        indices = rule.pattern.match(name)
+        if indices is not None:
+            return name, *(base_name(hf) for hf in rule.hf_for(indices))
+    raise FamilyMismatch(f"the rule for {rule.megatron} is for none of the model's weights")

@@ -14,8 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
+from megatron.bridge.models.layer_specs.moe_layer import VariantMoELayer
 from megatron.bridge.models.layer_specs.norms import ProjectionNorm, RowParallelLinearWithNorm, torch_norm
+from megatron.bridge.models.layer_specs.routers import VariantRouter
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 from megatron.bridge.models.layer_specs.xielu import mlp_with_xielu
@@ -48,6 +51,10 @@ class BlockVariant:
         logits_softcap: logits l become cap * tanh(l / cap).
         rotary_reversed: queries and keys turn the other way round.
         output_bias: bias of the output layer.
+        routing: how a mixture of experts chooses and weighs them, where Megatron-Core has no switch for it: a name in
+            `ROUTING_RULES`.
+        routing_eps: what that rule makes of it.
+        moe_multiplier: factor on what a mixture of experts gives.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
 
@@ -71,6 +78,9 @@ class BlockVariant:
     logits_softcap: float | None = None
     rotary_reversed: bool = False
     output_bias: bool = False
+    routing: Literal["sparsemixer", "biased_softmax", "sigmoid"] | None = None
+    routing_eps: float = 0.0
+    moe_multiplier: float = 1.0
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
 
@@ -118,7 +128,10 @@ def _layer(
     if variant.post_norm:
         norm = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         attention = _changed(attention, linear_proj=lambda builder: _with_post_norm(builder, norm))
-        mlp = _changed(mlp, linear_fc2=lambda builder: _with_post_norm(builder, norm))
+        if not is_mixture_of_experts(layer):
+            mlp = _changed(mlp, linear_fc2=lambda builder: _with_post_norm(builder, norm))
+    if is_mixture_of_experts(layer):
+        mlp = _mixture(mlp, variant)
     if variant.trained_activation is not None:
         mlp = functools.partial(mlp_with_xielu, mlp.func, *mlp.args, **mlp.keywords)
     if variant.residual_multiplier != 1.0:
@@ -132,6 +145,18 @@ def _layer(
         self_attn_bda=bdas[0],
         mlp_bda=bdas[1],
     )
+
+
+def _mixture(part: Any, variant: BlockVariant) -> Any:
+    """The mixture of experts' `partial` with the variant's router and what stands behind the experts."""
+    if variant.routing is not None:
+        router = functools.partial(VariantRouter, rule=variant.routing, eps=variant.routing_eps)
+        part = _changed(part, router=lambda builder: router)
+    if not variant.post_norm and variant.moe_multiplier == 1.0:
+        return part
+    norm = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
+    behind: dict[str, Any] = {"norm": norm if variant.post_norm else None, "multiplier": variant.moe_multiplier}
+    return functools.partial(VariantMoELayer, *part.args, **part.keywords, **behind)
 
 
 def _norm(builder: Any, variant: BlockVariant) -> Any:

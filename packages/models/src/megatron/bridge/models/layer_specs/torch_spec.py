@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.decoder_block import stock_block, with_layers
+from megatron.bridge.models.layer_specs.gated_attention import GatedAttention
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
@@ -51,6 +52,8 @@ def _with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerCo
     modules = dataclasses.replace(attention.submodules, core_attention=SDPAttention)
     if config.qk_layernorm and not config.qk_l2_norm:
         modules = dataclasses.replace(modules, q_layernorm=torch_norm, k_layernorm=torch_norm)
+    if config.attention_output_gate:
+        attention = dataclasses.replace(attention, module=GatedAttention)
     return dataclasses.replace(
         layer,
         input_layernorm=torch_norm,
