@@ -306,3 +306,35 @@ class PermuteBlocks(Transform):
 
         blocks = megatron.chunk(len(self.order))
         return [torch.cat([blocks[self.order.index(place)] for place in range(len(blocks))])]
+
+
+@dataclass(frozen=True)
+class PermuteRows(Transform):
+    """Rows in another order within groups of equal size: row i of a group is the other side's row `order[i]`.
+
+    Args:
+        order: a permutation of 0 to n - 1, for groups of n rows.
+    """
+
+    order: tuple[int, ...]
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return hf[0]
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [megatron]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        start, stop = region[0]
+        size = len(self.order)
+        first, last = start // size * size, -(-stop // size) * size
+        rows = self._ordered(hf[0].read(_on_axis(region, 0, first, last)), self.order)
+        return rows[start - first : stop - first]
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return [self._ordered(megatron, back)]
+
+    @staticmethod
+    def _ordered(rows: "torch.Tensor", order: Sequence[int]) -> "torch.Tensor":
+        return rows.unflatten(0, (-1, len(order)))[:, list(order)].flatten(0, 1)

@@ -9,6 +9,7 @@ def test_my_family():
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 _VPP = "virtual_pipeline_model_parallel_size"
+_EP, _ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 # Name -> the provider fields that make the layout.
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -30,6 +32,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "vpp2": {_PP: 2, _VPP: 2},
     "tp2pp2": {_TP: 2, _PP: 2},
     "tp4": {_TP: 4},
+    # Mixtures of experts: divided over tensor-parallel ranks as everything else, unless ETP says otherwise.
+    "ep2": {_EP: 2},
+    "tp2ep2": {_TP: 2, _EP: 2},
+    "pp2ep2": {_PP: 2, _EP: 2},
+    "etp2": {_ETP: 2},
 }
 EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
 
@@ -119,12 +126,17 @@ def compare(
         FamilyMismatch: some case's logits differ by more than `tolerance`, or a weight comes back changed.
     """
     sizes = LAYOUTS[layout]
-    ranks = sizes.get(_TP, 1) * sizes.get(_PP, 1)
-    found: dict[str, float] = run_ranks(ranks, _compare_in_rank, cases, sizes, layer_spec, timeout=600)[0]
+    found: dict[str, float] = run_ranks(_ranks(sizes), _compare_in_rank, cases, sizes, layer_spec, timeout=600)[0]
     above = {name: difference for name, difference in found.items() if not difference < tolerance}
     if above:
         raise FamilyMismatch(f"{layout}, layer spec {layer_spec}: logits differ from transformers' by {above}")
     return found
+
+
+def _ranks(sizes: Mapping[str, int]) -> int:
+    """The smallest number of ranks that makes a layout."""
+    tensor = sizes.get(_TP, 1)
+    return sizes.get(_PP, 1) * lcm(tensor, sizes.get(_EP, 1) * sizes.get(_ETP, tensor))
 
 
 def _compare_in_rank(
