@@ -334,3 +334,29 @@ class Alternating(_Reordered):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return [megatron.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)]
+
+
+@dataclass(frozen=True)
+class PermuteRows(_Reordered):
+    """Rows in another order within groups of equal size: row i of a group is the other side's row `order[i]`.
+
+    Args:
+        order: a permutation of 0 to n - 1, for groups of n rows.
+    """
+
+    order: tuple[int, ...]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        start, stop = region[0]
+        size = len(self.order)
+        first, last = start // size * size, -(-stop // size) * size
+        rows = self._ordered(hf[0].read(_on_axis(region, 0, first, last)), self.order)
+        return rows[start - first : stop - first]
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return [self._ordered(megatron, back)]
+
+    @staticmethod
+    def _ordered(rows: "torch.Tensor", order: Sequence[int]) -> "torch.Tensor":
+        return rows.unflatten(0, (-1, len(order)))[:, list(order)].flatten(0, 1)

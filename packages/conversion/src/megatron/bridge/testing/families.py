@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "etp2": {_ETP: 2},
     "tp2ep2": {_TP: 2, _EP: 2},
     "tp2ep2etp1": {_TP: 2, _EP: 2, _ETP: 1},
+    "pp2ep2": {_PP: 2, _EP: 2},
 }
 EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
 # For mixtures of experts. Without a size of their own, experts are cut by tensor-parallel ranks as all else is.

@@ -14,8 +14,13 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     """Stock local modules; see `LayerSpecBuilder`.
 
     Raises:
-        BridgeError: sequence or context parallelism, which these modules do not have.
+        BridgeError: sequence or context parallelism or multi-latent attention, which these modules do not have.
     """
+    if config.multi_latent_attention:
+        raise BridgeError(
+            "the layer spec 'local' cannot do multi_latent_attention=True (its core attention takes values of the same "
+            "size as keys only); use layer_spec='torch'"
+        )
     if config.sequence_parallel:
         raise BridgeError(
             "the layer spec 'local' cannot do sequence_parallel=True (its norms do not mark their weights for the "

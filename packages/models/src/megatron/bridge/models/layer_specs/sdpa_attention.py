@@ -41,11 +41,19 @@ class SDPAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        del attention_type, cp_comm_type, pg_collection  # part of Megatron-Core's contract, of no effect here
+        del (
+            attention_type,
+            k_channels,
+            v_channels,
+            cp_comm_type,
+            pg_collection,
+        )  # part of Megatron-Core's contract, of no effect here
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale  # None means 1 / sqrt(head size)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -66,7 +74,8 @@ class SDPAttention(MegatronModule):
 
         Args:
             query: `[queries, batch, heads, size]`; packed: `[tokens, heads, size]`.
-            key, value: the same with `keys` and with as many heads or fewer (grouped queries).
+            key, value: the same with `keys` and with as many heads or fewer (grouped queries); values may be of
+                another size.
             attention_mask: True where a query must *not* see a key (Megatron's convention), broadcast to
                 `[batch, heads, queries, keys]`; it is added to what the mask type and the window hide.
             attn_mask_type: accepted for Megatron-Core, which turns it off when it decodes from a cache. The layer's
@@ -74,7 +83,7 @@ class SDPAttention(MegatronModule):
             packed_seq_params: the documents' bounds of a packed batch (`thd`).
 
         Returns:
-            `[queries, batch, heads * size]`; packed: `[tokens, heads * size]`.
+            `[queries, batch, heads * size of values]`; packed: `[tokens, heads * size of values]`.
         """
         del attn_mask_type
         if attention_bias is not None:
@@ -123,13 +132,13 @@ class SDPAttention(MegatronModule):
         end = 0
         for start, stop in document_spans(packed, tokens=query.shape[0]):
             if start > end:
-                pieces.append(query.new_zeros(start - end, *query.shape[1:]))
+                pieces.append(query.new_zeros(start - end, query.shape[1], value.shape[2]))
             # [t, h, d] -> [1, h, t, d]
             q, k, v = (tensor[start:stop].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
             pieces.append(self._attend(q, k, v, hidden=None).squeeze(0).transpose(0, 1))
             end = stop
         if end < query.shape[0]:
-            pieces.append(query.new_zeros(query.shape[0] - end, *query.shape[1:]))
+            pieces.append(query.new_zeros(query.shape[0] - end, query.shape[1], value.shape[2]))
         return torch.cat(pieces).flatten(1)
 
     @contextlib.contextmanager

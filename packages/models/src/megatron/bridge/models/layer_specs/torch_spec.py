@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -15,7 +16,6 @@ from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 # What the modules here cannot do: config field -> (the values that they can, what to do about another).
 _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "context_parallel_size": ((1,), "use layer_spec='transformer_engine', or tensor and pipeline parallelism"),
-    "multi_latent_attention": ((False,), "use layer_spec='transformer_engine'"),
     "normalization": (tuple(NORMS), "use layer_spec='transformer_engine'"),
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "memory_efficient_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
@@ -51,7 +51,9 @@ def _with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerCo
     attention = layer.self_attention
     modules = dataclasses.replace(attention.submodules, core_attention=SDPAttention)
     if config.qk_layernorm and not config.qk_l2_norm:
-        modules = dataclasses.replace(modules, q_layernorm=torch_norm, k_layernorm=torch_norm)
+        norms = ("q_layernorm", "kv_layernorm" if config.multi_latent_attention else "k_layernorm")
+        present = {name: torch_norm for name in norms if getattr(modules, name) is not IdentityOp}
+        modules = dataclasses.replace(modules, **present)
     if config.attention_output_gate:
         attention = dataclasses.replace(attention, module=GatedAttention)
     return dataclasses.replace(
