@@ -103,8 +103,6 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             pre_process, post_process: hold the embedding, the output layer; None asks the pipeline stage.
             vp_stage: virtual pipeline stage, or None without virtual stages.
         """
-        from megatron.core import parallel_state
-
         from megatron.bridge.models.biases import with_biases
         from megatron.bridge.models.gpt_model import BridgeGPTModel
 
@@ -113,31 +111,46 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         spec = LAYER_SPECS[layer_spec](config, vp_stage=vp_stage)
         spec = with_variant(spec, config, self)
         spec = with_biases(spec, config, self.add_attention_output_bias, self.add_mlp_bias)
+        model = BridgeGPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            **self._model_arguments(pre_process, post_process, vp_stage),
+        )
+        return self._finished(model, layer_spec)
+
+    def _model_arguments(
+        self, pre_process: bool | None, post_process: bool | None, vp_stage: int | None
+    ) -> dict[str, Any]:
+        """What Megatron-Core's language models are all made with."""
+        from megatron.core import parallel_state
+
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        model = BridgeGPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=self.padded_vocab_size,
-            max_sequence_length=(self.max_position_embeddings or self.seq_length) + self.position_offset,
-            pre_process=pre_process,
-            post_process=post_process,
-            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
-            parallel_output=self.parallel_output,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type=self.position_embedding_type,
-            rotary_percent=self.rotary_percent,
-            rotary_base=self.rotary_base,
-            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
-            vp_stage=vp_stage,
-        )
+        return {
+            "vocab_size": self.padded_vocab_size,
+            "max_sequence_length": (self.max_position_embeddings or self.seq_length) + self.position_offset,
+            "pre_process": pre_process,
+            "post_process": post_process,
+            "fp16_lm_cross_entropy": self.fp16_lm_cross_entropy,
+            "parallel_output": self.parallel_output,
+            "share_embeddings_and_output_weights": self.share_embeddings_and_output_weights,
+            "position_embedding_type": self.position_embedding_type,
+            "rotary_percent": self.rotary_percent,
+            "rotary_base": self.rotary_base,
+            "scatter_embedding_sequence_parallel": self.scatter_embedding_sequence_parallel,
+            "vp_stage": vp_stage,
+        }
+
+    def _finished(self, model: Any, layer_spec: str) -> torch.nn.Module:
+        """The model with what Megatron-Core's constructor does not know."""
         model.unpadded_vocab_size = self.vocab_size
         model.layer_spec = layer_spec
         model.apply_variant(self)
         self._turn_positions(model)
-        return model
+        finished: torch.nn.Module = model
+        return finished
 
     def _turn_positions(self, model: Any) -> None:
         """Replace the model's plain RoPE where it is scaled, or differs between layers."""

@@ -3,7 +3,7 @@
 Megatron names are those of single experts: `decoder.layers.{l}.mlp.experts.experts.{e}.linear_fc1.weight`.
 """
 
-from megatron.bridge.conversion.shards import GATED_COLUMN, ROW, Expert
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, ROW, Expert
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.conversion.transforms import Concatenate
 
@@ -36,6 +36,14 @@ def experts(
     ]
 
 
+def plain_experts(hf: str, *, up: str = "up_proj", down: str = "down_proj") -> list[WeightRule]:
+    """Experts without a gate, each with weights of its own on the Hugging Face side."""
+    return [
+        WeightRule(f"{_EXPERT}.linear_fc1.weight", f"{hf}.{up}.weight", shard=Expert(COLUMN)),
+        WeightRule(f"{_EXPERT}.linear_fc2.weight", f"{hf}.{down}.weight", shard=Expert(ROW)),
+    ]
+
+
 def stacked_experts(gate_up: str, down: str) -> list[WeightRule]:
     """Gated experts stacked along a leading axis: `[experts, 2 x ffn, hidden]` and `[experts, hidden, ffn]`."""
     return [
@@ -52,3 +60,12 @@ def shared_experts(hf: str = f"{_HF_MLP}.shared_experts", *, scale: str | None =
         WeightRule(f"{own}.linear_fc2.weight", f"{hf}.down_proj.weight", shard=ROW),
     ]
     return [*rules, WeightRule(f"{own}.gate_weight", scale)] if scale else rules
+
+
+def plain_shared_experts(hf: str) -> list[WeightRule]:
+    """The experts that see every token, as one MLP without a gate."""
+    own = f"{_MLP}.shared_experts"
+    return [
+        WeightRule(f"{own}.linear_fc1.weight", f"{hf}.up_proj.weight", shard=COLUMN),
+        WeightRule(f"{own}.linear_fc2.weight", f"{hf}.down_proj.weight", shard=ROW),
+    ]

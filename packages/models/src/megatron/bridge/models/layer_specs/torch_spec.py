@@ -30,12 +30,13 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     Raises:
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
     """
-    _refuse_unsupported(config)
-    block = with_layers(stock_block(config, vp_stage, engine=False), lambda layer: _with_torch_modules(layer, config))
+    refuse_unsupported(config)
+    block = with_layers(stock_block(config, vp_stage, engine=False), lambda layer: with_torch_modules(layer, config))
     return dataclasses.replace(block, layer_norm=torch_norm)
 
 
-def _refuse_unsupported(config: TransformerConfig) -> None:
+def refuse_unsupported(config: TransformerConfig) -> None:
+    """Refuse what these modules cannot do; see `build`."""
     faults = [
         f"{field}={getattr(config, field)!r}: {remedy}"
         for field, (supported, remedy) in _SUPPORTED.items()
@@ -45,7 +46,8 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
         raise BridgeError("the layer spec 'torch' cannot do what the model config asks for:\n  " + "\n  ".join(faults))
 
 
-def _with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
+def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
+    """A stock layer's parts with PyTorch's norms and attention."""
     attention = layer.self_attention
     modules = dataclasses.replace(attention.submodules, core_attention=SDPAttention)
     if config.qk_layernorm and not config.qk_l2_norm:
