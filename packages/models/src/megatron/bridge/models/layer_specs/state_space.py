@@ -51,9 +51,9 @@ def scan_heads(x: Tensor, steps: Tensor, rates: Tensor, inputs: Tensor, outputs:
 
 def _chunk_of_heads(state: Tensor, value: Tensor, total: Tensor, given: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     """(outputs of one chunk, the state behind it); `total` is the logarithm of the decay since the chunk's start."""
-    between = _decay_between(total)
-    scores = torch.einsum("bign,bjgn->bijg", read, given)[..., None] * between
-    piece = torch.einsum("bijgr,bjgrp->bigrp", scores, value)
+    between = _decay_between(total.movedim(1, -1))
+    scores = torch.einsum("bign,bjgn->bgij", read, given)[:, :, None] * between
+    piece = torch.einsum("bgrij,bjgrp->bigrp", scores, value)
     piece = piece + torch.einsum("bign,bgrnp->bigrp", read, state) * total.exp()[..., None]
     remaining = (total[:, -1:] - total).exp()[..., None]
     added = torch.einsum("bjgn,bjgrp->bgrnp", given, value * remaining)
@@ -61,9 +61,52 @@ def _chunk_of_heads(state: Tensor, value: Tensor, total: Tensor, given: Tensor, 
 
 
 def _decay_between(total: Tensor) -> Tensor:
-    """`[batch, i, j, ...]`: the decay from position j to i, zero where i comes before j."""
-    length = total.shape[1]
+    """`[..., i, j]`: the decay from position j to i, zero where i comes before j; `total` is `[..., positions]`."""
+    length = total.shape[-1]
     later = torch.ones(length, length, dtype=torch.bool, device=total.device).triu(1)
-    later = later.view(length, length, *(1 for _ in total.shape[2:]))
     # Before the exponential, which would overflow there.
-    return (total[:, :, None] - total[:, None]).masked_fill(later, -torch.inf).exp()
+    return (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
+
+
+def gated_delta_rule(
+    queries: Tensor, keys: Tensor, values: Tensor, decays: Tensor, rates: Tensor, *, chunk: int = 64
+) -> Tensor:
+    """The gated delta rule, many positions at a time (arXiv:2412.06464, section 3.3).
+
+    Per head, S_t = exp(decay_t) (S_{t-1} - rate_t k_t k_t^T S_{t-1}) + rate_t k_t v_t^T, with the decay inside both
+    terms of S_{t-1}, and o_t = S_t^T q_t / sqrt(channels of a key).
+
+    Args:
+        queries, keys: `[batch, length, heads, channels]`, keys of length one.
+        values: `[batch, length, heads, channels]`.
+        decays: logarithms, not positive, `[batch, length, heads]`.
+        rates: of learning, the papers' beta, `[batch, length, heads]`.
+        chunk: positions that are computed at once.
+
+    Returns:
+        o, in fp32, of the values' shape.
+    """
+    # [batch, heads, length, ...]
+    q, k, v = (each.float().transpose(1, 2) for each in (queries * queries.shape[-1] ** -0.5, keys, values))
+    decays, rates = (each.float().transpose(1, 2) for each in (decays, rates))
+    state = v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1])
+    pieces = []
+    for parts in zip(*(each.split(chunk, 2) for each in (q, k, v, decays, rates)), strict=True):
+        piece, state = _chunk_of_updates(state, *parts)
+        pieces.append(piece)
+    return torch.cat(pieces, 2).transpose(1, 2)
+
+
+def _chunk_of_updates(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(outputs of one chunk, the state behind it)."""
+    total = decay.cumsum(-1)
+    between, since = _decay_between(total), total.exp()[..., None]
+    # What each position writes depends on what the earlier ones of the chunk have written: a triangular system.
+    system = rate[..., None] * (k @ k.transpose(-1, -2)) * between
+    wanted = rate[..., None] * (v - (since * k) @ state)
+    written = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    piece = (since * q) @ state + ((q @ k.transpose(-1, -2)) * between) @ written
+    remaining = (total[..., -1:] - total).exp()[..., None]
+    return piece, state * since[..., -1:, :] + (remaining * k).transpose(-1, -2) @ written
