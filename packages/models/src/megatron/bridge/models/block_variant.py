@@ -94,7 +94,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
     Raises:
         BridgeError: the spec's modules cannot be changed so; only those of the layer spec `torch` can.
     """
-    if _is_plain(variant):
+    if is_plain(variant):
         return spec
     if not isinstance(spec, TransformerBlockSubmodules):
         raise BridgeError("the layer spec gives no block of layers to change; use layer_spec='torch'")
@@ -109,7 +109,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
     return dataclasses.replace(spec, layer_specs=layers, layer_norm=_norm(spec.layer_norm, variant))
 
 
-def _is_plain(variant: BlockVariant) -> bool:
+def is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
     of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "group_ranking"}

@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.decoder_block import stock_block, with_layers
-from megatron.bridge.models.layer_specs.gated_attention import GatedAttention
+from megatron.bridge.models.layer_specs.gated_attention import GatedSelfAttention
+from megatron.bridge.models.layer_specs.linear_attention import with_linear_attention
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
@@ -32,7 +33,10 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
     """
     refuse_unsupported(config)
-    block = with_layers(stock_block(config, vp_stage, engine=False), lambda layer: _with_torch_modules(layer, config))
+    block = stock_block(config, vp_stage, engine=False, replaced="gated_delta_net")
+    block = with_layers(block, lambda layer: with_torch_modules(layer, config))
+    if config.experimental_attention_variant == "gated_delta_net":
+        block = with_linear_attention(block, config, vp_stage)
     return dataclasses.replace(block, layer_norm=torch_norm)
 
 
@@ -47,18 +51,17 @@ def refuse_unsupported(config: TransformerConfig) -> None:
         raise BridgeError("the layer spec 'torch' cannot do what the model config asks for:\n  " + "\n  ".join(faults))
 
 
-def _with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
+def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
+    """A stock layer's parts with PyTorch's norms and attention."""
     attention = layer.self_attention
     modules = dataclasses.replace(attention.submodules, core_attention=SDPAttention)
     if config.qk_layernorm and not config.qk_l2_norm:
         norms = ("q_layernorm", "kv_layernorm" if config.multi_latent_attention else "k_layernorm")
         present = {name: torch_norm for name in norms if getattr(modules, name) is not IdentityOp}
         modules = dataclasses.replace(modules, **present)
+    attention = dataclasses.replace(attention, submodules=modules)
     if config.attention_output_gate:
-        attention = dataclasses.replace(attention, module=GatedAttention)
+        attention = dataclasses.replace(attention, module=GatedSelfAttention)
     return dataclasses.replace(
-        layer,
-        input_layernorm=torch_norm,
-        pre_mlp_layernorm=torch_norm,
-        self_attention=dataclasses.replace(attention, submodules=modules),
+        layer, input_layernorm=torch_norm, pre_mlp_layernorm=torch_norm, self_attention=attention
     )
