@@ -223,7 +223,7 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
     before = [parameter.clone() for parameter in model[0].parameters()]
     table = bridge.model_bridge.mapping_registry()
     first = {item.rule.megatron: item for item in reversed(bridge.get_conversion_tasks(model).items)}
-    for rule in table.rules:
+    for rule in (rule for rule in table.rules if rule.megatron in first):
         rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
         bridge.model_bridge.mapping_registry = lambda rest=rest: rest  # type: ignore[method-assign, misc]
         try:
@@ -238,4 +238,4 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
             raise FamilyMismatch(f"{case.name}: without its rule, {', '.join(unnamed)} is not named in: {message}")
     if not all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True)):
         raise FamilyMismatch(f"{case.name}: a refused import has changed the model")
-    return len(table.rules)
+    return len(first)
