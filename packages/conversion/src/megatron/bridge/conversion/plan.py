@@ -158,7 +158,7 @@ def _join(table: WeightTable, megatron: Mapping[str, Shape], problems: _Problems
         used.add(rule.megatron)
         items.append(PlanItem(name, shape, rule.hf_for(indices), tuple(rule.transform.hf_shapes(shape)), rule))
     for rule in table.rules:
-        if rule.megatron not in used:
+        if rule.megatron not in used and not rule.optional:
             problems.add(_UNUSED_RULE, f"{rule.megatron} <- {', '.join(rule.hf_names)}")
     return items
 
