@@ -87,7 +87,8 @@ def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
     if replica <= 0 or world_size % replica:
         yield (
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} needs a multiple of {replica} ranks, "
+            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} x "
+            f"context_parallel_size={getattr(model, 'context_parallel_size', 1)} needs a multiple of {replica} ranks, "
             f"and there are {world_size}; change the layout or start with another number of ranks"
         )
         return
@@ -120,8 +121,7 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
     except BridgeError as error:
         yield f"model: {error}"
     tensor = model.tensor_model_parallel_size
-    if model.sequence_parallel and tensor > 1 and model.seq_length % tensor:
-        yield f"model.seq_length={model.seq_length} is not a multiple of model.tensor_model_parallel_size={tensor}"
+    yield from _sequence_parts(model)
     if getattr(model, "multi_latent_attention", False):
         yield "model.multi_latent_attention=True is not supported by this training loop yet; leave it unset"
     if getattr(model, "num_moe_experts", None) and tensor > 1 and not model.sequence_parallel:
@@ -129,15 +129,23 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
             f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size={tensor} trains with "
             "model.sequence_parallel=true only; set it"
         )
-    if getattr(model, "context_parallel_size", 1) > 1:
-        yield (
-            f"model.context_parallel_size={model.context_parallel_size} is not supported by this training loop yet; "
-            "use tensor_model_parallel_size with sequence_parallel for long sequences"
-        )
     dtype = _dtype_name(model)
     for flag, name in _LOW_PRECISION.items():
         if (dtype == name) != bool(getattr(model, flag)):
             yield f"model.{flag}={getattr(model, flag)} and model.params_dtype={dtype} contradict each other; set both"
+
+
+def _sequence_parts(model: Any) -> Iterator[str]:
+    """Context-parallel ranks hold two chunks of every sequence each; under SP, tensor-parallel ranks divide those."""
+    context = getattr(model, "context_parallel_size", 1)
+    tensor = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    chunks = 2 * context if context > 1 else 1
+    if chunks > 0 and tensor > 0 and (model.seq_length % chunks or model.seq_length // max(context, 1) % tensor):
+        named = [f"2 x model.context_parallel_size={context}"] if context > 1 else []
+        named += [f"model.tensor_model_parallel_size={tensor} (sequence_parallel)"] if tensor > 1 else []
+        parts = chunks * tensor
+        fitting = max(model.seq_length // parts, 1) * parts
+        yield f"model.seq_length={model.seq_length} is not divided by {' and '.join(named)}; {fitting} would do"
 
 
 _LOW_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}

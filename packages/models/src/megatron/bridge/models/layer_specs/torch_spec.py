@@ -13,7 +13,6 @@ from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
 # What the modules here cannot do: config field -> (the values that they can, what to do about another).
 _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "context_parallel_size": ((1,), "use layer_spec='transformer_engine', or tensor and pipeline parallelism"),
     "multi_latent_attention": ((False,), "use layer_spec='transformer_engine'"),
     "normalization": (tuple(NORMS), "use layer_spec='transformer_engine'"),
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
