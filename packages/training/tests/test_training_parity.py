@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.testing import run_ranks
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
-from megatron.bridge.training.gpt_step import forward_step, masked_loss
+from megatron.bridge.training.gpt_step import context_parallel_loss, forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.setup import distributed, setup
 from megatron.bridge.training.train import train
@@ -156,7 +156,7 @@ def _mean_over_context_ranks() -> tuple[float, float]:
     mask, factors = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]])
     mine = slice(3 * rank, 3 * rank + 3)
     weight = torch.ones((), requires_grad=True)
-    total, tokens, report = masked_loss(mask[:, mine], (weight * factors)[:, mine])
+    total, tokens, report = context_parallel_loss(mask[:, mine], (weight * factors)[:, mine])
     (total / tokens).backward()
     gradient = weight.grad
     assert gradient is not None

@@ -34,7 +34,15 @@ def forward_step(
     batch = {name: value.to(device(), non_blocking=True) for name, value in next(data_iterator).items()}
     batch = on_this_context_rank(batch)
     output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"], per_token=state.cfg.model.calculate_per_token_loss)
+    divided = context_ranks() > 1 and not state.cfg.model.calculate_per_token_loss
+    return output, partial(context_parallel_loss if divided else masked_loss, batch["loss_mask"])
+
+
+def context_ranks() -> int:
+    """How many ranks hold a part of each sequence."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_context_parallel_world_size())
 
 
 def on_this_context_rank(batch: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
@@ -42,49 +50,36 @@ def on_this_context_rank(batch: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    if parallel_state.get_context_parallel_world_size() == 1:
+    if context_ranks() == 1:
         return batch
     group = parallel_state.get_context_parallel_group()
     part: dict[str, Tensor] = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return part
 
 
-def masked_loss(
-    loss_mask: "Tensor", losses: "Tensor", *, per_token: bool = False
-) -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
-    """The losses that `loss_mask` keeps.
-
-    Args:
-        loss_mask, losses: [micro batch, sequence], of this context-parallel rank's tokens.
-        per_token: gradients are divided by the tokens of the global batch (`calculate_per_token_loss`), not by those of
-            each micro-batch.
-
-    Returns:
-        `(sum, number, report)` for Megatron-Core's schedule, which divides the one by the other.
-    """
+def masked_loss(loss_mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
+    """`(sum, number, report)` of the losses that `loss_mask` keeps; both [micro batch, sequence]."""
     import torch
 
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
     # The schedule counts tokens in an int.
     tokens = mask.sum().to(torch.int)
-    report = {LOSS: torch.stack([total.detach(), tokens.to(total.dtype)])}
-    return (total, tokens, report) if per_token else (*_over_context_ranks(total, tokens), report)
+    return total, tokens, {LOSS: torch.stack([total.detach(), tokens.to(total.dtype)])}
 
 
-def _over_context_ranks(total: "Tensor", tokens: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """Sum and number whose quotient, averaged over the context-parallel ranks, is the micro-batch's mean.
+def context_parallel_loss(loss_mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
+    """`masked_loss` of this context-parallel rank's tokens, [micro batch, sequence / CP]. Collective.
 
-    Ranks may hold different numbers of tokens that count, so that the mean of their means would be another one.
+    Megatron-Core's schedule divides the sum by the number, and gradients are averaged over the ranks. Ranks may hold
+    different numbers of tokens that count; sum and number are such that the average is the micro-batch's mean.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    ranks = parallel_state.get_context_parallel_world_size()
-    if ranks > 1:
-        tokens = tokens.clone()
-        dist.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
-    return total * ranks, tokens
+    total, tokens, report = masked_loss(loss_mask, losses)
+    dist.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
+    return total * context_ranks(), tokens, report
 
 
 def _no_loss(output: "Tensor") -> Any:
