@@ -16,7 +16,6 @@ from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
 # What the modules here cannot do: config field -> (the values that they can, what to do about another).
 _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "context_parallel_size": ((1,), "use layer_spec='transformer_engine', or tensor and pipeline parallelism"),
     "normalization": (tuple(NORMS), "use layer_spec='transformer_engine'"),
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "memory_efficient_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
@@ -32,7 +31,8 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     Raises:
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
     """
-    refuse_unsupported(config)
+    plain_attention = not config.multi_latent_attention and config.experimental_attention_variant is None
+    refuse_unsupported(config, context_parallel=plain_attention)
     block = stock_block(config, vp_stage, engine=False, replaced="gated_delta_net")
     block = with_layers(block, lambda layer: with_torch_modules(layer, config))
     if config.experimental_attention_variant == "gated_delta_net":
@@ -40,13 +40,23 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     return dataclasses.replace(block, layer_norm=torch_norm)
 
 
-def refuse_unsupported(config: TransformerConfig) -> None:
-    """Refuse a config that PyTorch's norms and attention cannot honour, naming each field and what to set instead."""
+def refuse_unsupported(config: TransformerConfig, *, context_parallel: bool = False) -> None:
+    """Refuse a config that PyTorch's norms and attention cannot honour, naming each field and what to set instead.
+
+    Args:
+        config: of the model.
+        context_parallel: whether all of the model's layers can work on parts of sequences.
+    """
     faults = [
         f"{field}={getattr(config, field)!r}: {remedy}"
         for field, (supported, remedy) in _SUPPORTED.items()
         if getattr(config, field) not in supported
     ]
+    if config.context_parallel_size > 1 and not context_parallel:
+        faults.append(
+            f"context_parallel_size={config.context_parallel_size}: only plain attention is divided along the sequence; "
+            "set it to 1, and use tensor and pipeline parallelism"
+        )
     if faults:
         raise BridgeError("the layer spec 'torch' cannot do what the model config asks for:\n  " + "\n  ".join(faults))
 
