@@ -32,7 +32,17 @@ def tensors(*shapes):
 def cases(draw):
     """(transform, Hugging Face tensors, Megatron shape)"""
     columns = draw(st.sampled_from([(), (draw(SIZES),)]))
-    kinds = ["identity", "concatenate", "interleave", "pad", "stacked", "transposed", "permute", "alternating", "gather"]
+    kinds = [
+        "identity",
+        "concatenate",
+        "interleave",
+        "pad",
+        "stacked",
+        "transposed",
+        "permute",
+        "alternating",
+        "gather",
+    ]
     kind = draw(st.sampled_from(kinds))
     if kind == "identity":
         shape = (draw(SIZES) * 4, *columns)

@@ -54,7 +54,7 @@ def refuse_unsupported(config: TransformerConfig, *, context_parallel: bool = Fa
     ]
     if config.context_parallel_size > 1 and not context_parallel:
         faults.append(
-            f"context_parallel_size={config.context_parallel_size}: only plain attention is divided along the sequence; "
+            f"context_parallel_size={config.context_parallel_size}: only plain attention is divided along sequences; "
             "set it to 1, and use tensor and pipeline parallelism"
         )
     if faults:
