@@ -6,6 +6,7 @@ decoder of which, and only a decoder that is itself offered by name gets a head.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,9 @@ class HeadedBridge(MegatronModelBridge):
             head_dropout=self.head.dropout(self.hf_config),
             pad_token_id=getattr(self.hf_config, "pad_token_id", None),
         )
+
+    def moe_layers(self) -> Sequence[bool] | None:
+        return self.family.moe_layers()
 
     def mapping_registry(self) -> WeightTable:
         decoder = self._decoder_table()

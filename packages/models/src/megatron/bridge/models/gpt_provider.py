@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -42,6 +42,9 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         layer_spec: a name of the group `megatron.bridge.layer_specs`; None takes `transformer_engine` where it runs,
             else `torch`.
     """
+
+    # The Megatron-Core config that the model is built from.
+    config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
 
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 128
@@ -90,7 +93,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         """
         if problems := layout_problems(self):
             raise BridgeError("the model cannot be built as configured:\n  " + "\n  ".join(problems))
-        values = {f.name: getattr(self, f.name) for f in fields(TransformerConfig) if f.init}
+        values = {f.name: getattr(self, f.name) for f in fields(self.config_class) if f.init}
         if values["pipeline_dtype"] is None:
             values["pipeline_dtype"] = self.params_dtype
         if self.virtual_pipeline_model_parallel_size is not None:
@@ -99,7 +102,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         if self._provides_initial_weights():
             values["perform_initialization"] = False
         try:
-            return TransformerConfig(**values)
+            return self.config_class(**values)
         except (ValueError, AssertionError, TypeError) as error:
             raise BridgeError(f"Megatron-Core refuses the model's configuration: {error}") from error
 
