@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.tokenizers.config import TokenizerConfig
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -32,6 +33,7 @@ __all__ = [
     "DistributedInitConfig",
     "GPTDatasetConfig",
     "LoggerConfig",
+    "MixedPrecisionConfig",
     "OptimizerConfig",
     "RNGConfig",
     "SchedulerConfig",
@@ -190,6 +192,7 @@ class ConfigContainer:
     Attributes:
         model: a model provider, e.g. from `AutoBridge.to_megatron_provider()`.
         dataset: a `DatasetProvider`.
+        mixed_precision: the precision by name; a plain name stands for a `MixedPrecisionConfig` of it.
     """
 
     model: Any
@@ -201,6 +204,7 @@ class ConfigContainer:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
 

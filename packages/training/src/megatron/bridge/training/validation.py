@@ -10,6 +10,7 @@ from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iteratio
 from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None) -> None:
         from megatron.bridge import platform
 
         world_size = platform.world_size()
+    try:
+        apply_precision(cfg)
+    except BridgeError as error:
+        raise ConfigError(str(error)) from error
     found = [problem for check in _CHECKS for problem in check(cfg)]
     found += _layout_problems(cfg, world_size)
     if found:
@@ -299,4 +304,4 @@ def saved_iteration(folder: Path) -> int:
     return iteration_of(folder) or 0
 
 
-_CHECKS = (_sizes, _model, _optimizer, _scheduler, _data, _checkpoint, _logger)
+_CHECKS = (_sizes, precision_problems, _model, _optimizer, _scheduler, _data, _checkpoint, _logger)
