@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from transformers import MT5Config, T5Config
 
 from megatron.bridge import AutoBridge
@@ -59,7 +60,7 @@ def made(tmp_path_factory):
     return {name: t5_case(name, root / name) for name in CONFIGS}
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "tp4"])
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "tp2pp2"])
 def test_logits_and_round_trip(made, layout):
     assert compare([case for case, _ in made.values()], layout).keys() == CONFIGS.keys()
 
@@ -141,23 +142,34 @@ def test_loss_and_gradients_are_transformers(made, sequence_parallel):
         assert relative_difference(ours, expected) < 1e-4, own
 
 
-def saved_and_loaded(case, root):
+PP2, TP2 = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}
+
+
+def saved_and_loaded(case, root, at, then):
     bridge = AutoBridge.from_hf_pretrained(case.folder)
-    bridge.save_megatron_model(bridge.to_megatron_model(tensor_model_parallel_size=2), root / "megatron")
+    bridge.save_megatron_model(bridge.to_megatron_model(**at), root / "megatron")
     again = AutoBridge.from_megatron_checkpoint(root / "megatron")
-    again.save_hf_pretrained(again.load_megatron_model(root / "megatron", tensor_model_parallel_size=2), root / "hf")
-    return verify(case.folder, megatron_path=root / "megatron", tensor_model_parallel_size=2).to_json()
+    parallel_state.destroy_model_parallel()
+    again.save_hf_pretrained(again.load_megatron_model(root / "megatron", **then), root / "hf")
+    return verify(case.folder, megatron_path=root / "megatron", **then).to_json()
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-1.1"])
-def test_a_megatron_checkpoint_and_a_folder_that_transformers_loads(made, tmp_path, name):
+@pytest.mark.parametrize(("name", "at", "then"), [("t5", PP2, TP2), ("t5-1.1", TP2, PP2)])
+def test_a_megatron_checkpoint_and_a_folder_that_transformers_loads(made, tmp_path, name, at, then):
     case, reference = made[name]
-    certificate = run_ranks(2, saved_and_loaded, case, tmp_path, timeout=180)[0]
+    certificate = run_ranks(2, saved_and_loaded, case, tmp_path, at, then, timeout=180)[0]
     assert certificate["passed"], certificate
     model = model_class(CONFIGS[name]).from_pretrained(tmp_path / "hf")
     for key, value in model.state_dict().items():
         assert torch.equal(value, reference.state_dict()[key]), key
     assert torch.equal(logits_of(model, case.tokens), case.logits)
+
+
+def test_training_on_two_stages_is_refused():
+    provider = AutoBridge.from_hf_config(CONFIGS["t5"]).to_megatron_provider()
+    provider.pipeline_model_parallel_size = 2
+    with pytest.raises(BridgeError, match="converted and run on two pipeline stages, but not trained"):
+        provider.provide_distributed_model()
 
 
 def smaller(case, root):
@@ -177,7 +189,7 @@ def test_changed_depths_reach_the_configuration(made, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "culprit"),
     [
-        ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2: .* raise tensor_model_parallel_size"),
+        ({"pipeline_model_parallel_size": 4}, "pipeline_model_parallel_size=4: .* raise tensor_model_parallel_size"),
         ({"fp16": True}, "fp16=True: .* use bf16"),
         ({"position_embedding_type": "rope"}, "T5 has 'relative' only"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier=2.0: T5 has 1.0 only"),
