@@ -111,7 +111,10 @@ class CheckpointConfig:
         save_interval: steps between checkpoints; the last step is saved in any case.
         most_recent_k: how many of this run's newest checkpoints to keep; None keeps all. An older one goes only after a
             newer one was verified.
-        load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position.
+        save_retries: how often a save that failed is tried again, after a second, two, four, ...
+        go_on_without: whether training goes on after a save that failed for good; the last one of a run must not fail.
+        load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position. Under a
+            root the newest that is whole is taken, and what is wrong with newer ones is told.
         load_optim: restore optimizer and schedule too.
         load_rng: restore the random state too (where the parallel layout is the same).
         pretrained_checkpoint: checkpoint whose weights a fresh run starts from, e.g. made by `AutoBridge.import_ckpt`.
@@ -120,6 +123,8 @@ class CheckpointConfig:
     save: str | None = None
     save_interval: int | None = None
     most_recent_k: int | None = None
+    save_retries: int = 2
+    go_on_without: bool = False
     load: str | None = None
     load_optim: bool = True
     load_rng: bool = True

@@ -11,6 +11,7 @@ from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
+from megatron.bridge.training.newest_whole import Found, newest_whole
 from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
 
 if TYPE_CHECKING:
@@ -254,12 +255,12 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
-    start = None
+    start: Found | None = None
     for name in ("load", "pretrained_checkpoint"):
         path = getattr(checkpoint, name)
         if path is not None:
             try:
-                start = resolve(path)
+                start = newest_whole(path) if name == "load" else Found(resolve(path), {})
             except BridgeError as error:
                 yield f"checkpoint.{name}: {error}"
     if checkpoint.save is not None:
@@ -285,11 +286,12 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 
 
-def _save_folder(save: Path, resumed: Path | None) -> Iterator[str]:
+def _save_folder(save: Path, resumed: "Found | None") -> Iterator[str]:
     """A run never writes over another run's checkpoints, and says so before the first step, not after the last."""
     ahead = saved_iterations(save)
-    if resumed is not None and resumed.parent.resolve() == save.resolve():
-        ahead = [iteration for iteration in ahead if iteration > saved_iteration(resumed)]
+    if resumed is not None and resumed.folder.parent.resolve() == save.resolve():
+        set_aside = {saved_iteration(folder) for folder in resumed.damaged}
+        ahead = [number for number in ahead if number > saved_iteration(resumed.folder) and number not in set_aside]
     if ahead:
         yield (
             f"checkpoint.save={str(save)!r} already holds iteration {ahead[-1]}; resume from it with "
