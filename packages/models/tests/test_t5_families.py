@@ -12,7 +12,7 @@ from megatron.bridge.conversion.reference import logits_of, model_class
 from megatron.bridge.conversion.verify import relative_difference, verify
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, random_model, run_ranks
-from megatron.bridge.testing.families import FamilyCase, compare, refuse_without_any_rule
+from megatron.bridge.testing.families import compare, family_case, refuse_without_any_rule
 
 # Heads of other sizes than d_model / num_heads, stacks of different depths, and more positions than buckets.
 SIZES = {
@@ -40,24 +40,10 @@ CONFIGS = {
 }
 
 
-def t5_case(name, folder):
-    """A saved random model; since T5 1.1 its output layer is a weight of its own, which transformers does not make."""
-    model = random_model(CONFIGS[name])
-    if name != "t5":
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(131, 48, generator=torch.Generator().manual_seed(1)))
-    model.save_pretrained(folder)
-    model = model_class(CONFIGS[name]).from_pretrained(folder)
-    tokens = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(3))
-    weights = {key: tensor for key, tensor in model.state_dict().items() if "embed_tokens" not in key}
-    if name == "t5":
-        del weights["lm_head.weight"]
-    return FamilyCase(name, folder, weights, tokens, logits_of(model, tokens)), model
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("t5")
-    return {name: t5_case(name, root / name) for name in CONFIGS}
+    return {name: (family_case(config, root / name, name), random_model(config)) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "tp2pp2"])
@@ -170,6 +156,19 @@ def test_training_on_two_stages_is_refused():
     provider.pipeline_model_parallel_size = 2
     with pytest.raises(BridgeError, match="converted and run on two pipeline stages, but not trained"):
         provider.provide_distributed_model()
+
+
+def fresh_positions():
+    provider = AutoBridge.from_hf_config(CONFIGS["t5"]).to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    model = provider.provide_distributed_model(wrap_with_ddp=False)[0]
+    return model.decoder_relative_pos_emb.relative_attention_bias.weight.detach()
+
+
+def test_ranks_start_from_the_same_biases_of_positions():
+    first, second = run_ranks(2, fresh_positions)
+    assert torch.equal(first, second)
+    assert first.std() > 0.01
 
 
 def smaller(case, root):
