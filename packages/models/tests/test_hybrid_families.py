@@ -4,14 +4,22 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from safetensors.torch import load_file
-from transformers import Mamba2Config, NemotronHConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import (
+    FalconMambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    NemotronHConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.dist_checkpoint import tensor_index
 from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.layer_specs.state_space import gated_delta_rule, scan_heads
+from megatron.bridge.models.layer_specs.state_space import gated_delta_rule, scan_channels, scan_heads
 from megatron.bridge.testing import random_model, run_ranks
 from megatron.bridge.testing.families import (
     EVERYWHERE,
@@ -61,6 +69,8 @@ CONFIGS = {
     "mamba2-tied": Mamba2Config(
         **SIZES, num_hidden_layers=2, num_heads=4, head_dim=32, state_size=8, n_groups=4, tie_word_embeddings=True
     ),
+    "mamba": MambaConfig(**SIZES, num_hidden_layers=2, state_size=8, expand=3, conv_kernel=3),
+    "falcon-mamba": FalconMambaConfig(**SIZES, num_hidden_layers=2, state_size=8, tie_word_embeddings=False),
     "nemotron-h": NemotronHConfig(**NEMOTRON_H, hybrid_override_pattern="M-M*-M"),
     "nemotron-h-moe": NemotronHConfig(
         **NEMOTRON_H,
@@ -136,7 +146,7 @@ def reload(cases, root, fields):
 
 
 def test_a_checkpoint_written_at_one_layout_exports_at_another(cases, tmp_path):
-    written = [cases[name] for name in ("mamba2", "nemotron-h-moe", "qwen3.5")]
+    written = [cases[name] for name in ("mamba", "mamba2", "nemotron-h-moe", "qwen3.5")]
     run_ranks(2, save, written, tmp_path, {"tensor_model_parallel_size": 2})
     assert all(run_ranks(2, reload, written, tmp_path, {"pipeline_model_parallel_size": 2}))
     keys = set(tensor_index(tmp_path / "mamba2"))
@@ -161,7 +171,7 @@ def gradients(case, ranks):
     return dict(bridge.export_hf_weights(chunk))
 
 
-@pytest.mark.parametrize("name", ["nemotron-h", "qwen3.5"])
+@pytest.mark.parametrize("name", ["falcon-mamba", "nemotron-h", "qwen3.5"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients(cases, tmp_path, name, ranks):
     case, model = cases[name], random_model(CONFIGS[name])
@@ -199,10 +209,24 @@ def packed_and_apart(case):
     return torch.cat([together[0, :70], together[0, 75:]]), torch.cat(single, 1)[0]
 
 
-@pytest.mark.parametrize("name", ["mamba2", "qwen3.5"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3.5"])
 def test_no_state_goes_from_one_packed_document_to_the_next(cases, name):
     packed, apart = run_ranks(1, packed_and_apart, cases[name])[0]
     assert relative_difference(packed, apart) < 1e-5
+
+
+def bf16_logits(case):
+    """In one of two pipeline stages: logits of a model in bf16 whose residual stream is in fp32."""
+    bridge = AutoBridge.from_hf_pretrained(case.folder)
+    model = bridge.to_megatron_model(dtype=torch.bfloat16, pipeline_model_parallel_size=2)
+    return megatron_logits(model, case.tokens)[..., : SIZES["vocab_size"]]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_residual_stream_in_fp32_goes_with_weights_in_bf16(cases, name):
+    assert CONFIGS[name].residual_in_fp32
+    for logits in run_ranks(2, bf16_logits, cases[name]):
+        assert relative_difference(logits, cases[name].logits) < 5e-2
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 130])
@@ -219,6 +243,20 @@ def test_chunks_of_a_recurrence_are_the_recurrence(length):
         state = decay * state + (steps[:, t, :, None] * given)[..., None] * x[:, t, :, None]
         expected.append(torch.einsum("bhn,bhnp->bhp", read, state))
     assert relative_difference(scan_heads(x, steps, rates, inputs, outputs), torch.stack(expected, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 130])
+def test_chunks_of_channels_are_their_recurrence(length):
+    random = torch.Generator().manual_seed(5)
+    x, steps = torch.randn(2, length, 6, generator=random), torch.rand(2, length, 6, generator=random) * 2
+    rates = -torch.rand(6, 5, generator=random) * 8
+    inputs, outputs = torch.randn(2, 2, length, 5, generator=random)
+    state, expected = torch.zeros(2, 6, 5), []
+    for t in range(length):
+        written = (steps[:, t] * x[:, t])[..., None] * inputs[:, t, None]
+        state = (steps[:, t, :, None] * rates).exp() * state + written
+        expected.append(torch.einsum("bcn,bn->bc", state, outputs[:, t]))
+    assert relative_difference(scan_channels(x, steps, rates, inputs, outputs), torch.stack(expected, 1)) < 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 130])

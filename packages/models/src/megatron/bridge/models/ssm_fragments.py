@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron.bridge.conversion.shards import COLUMN, ROW, Blocks
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, ROW, Blocks
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.conversion.transforms import GatherRows
 
@@ -30,6 +30,21 @@ def mamba2(hf: str, *, heads: int, channels: int, groups: int, state: int, norm:
         WeightRule(f"{own}.out_proj.weight", f"{hf}.out_proj.weight", shard=ROW),
     ]
     return [*rules, WeightRule(f"{own}.norm.weight", f"{hf}.norm.weight", shard=COLUMN)] if norm else rules
+
+
+def mamba1(hf: str) -> list[WeightRule]:
+    """The first Mamba's mixer; tensor-parallel ranks have channels of their own."""
+    own = f"{_LAYER}.mixer"
+    return [
+        WeightRule(f"{own}.in_proj.weight", f"{hf}.in_proj.weight", shard=GATED_COLUMN),
+        WeightRule(f"{own}.conv1d_weight", f"{hf}.conv1d.weight", shard=COLUMN),
+        WeightRule(f"{own}.conv1d_bias", f"{hf}.conv1d.bias", shard=COLUMN),
+        WeightRule(f"{own}.x_proj_weight", f"{hf}.x_proj.weight", shard=ROW),
+        WeightRule(f"{own}.dt_proj_weight", f"{hf}.dt_proj.weight", shard=COLUMN),
+        WeightRule(f"{own}.dt_proj_bias", f"{hf}.dt_proj.bias", shard=COLUMN),
+        *(WeightRule(f"{own}.{name}", f"{hf}.{name}", shard=COLUMN) for name in ("A_log", "D")),
+        WeightRule(f"{own}.out_proj.weight", f"{hf}.out_proj.weight", shard=ROW),
+    ]
 
 
 # Megatron counts the norm before a layer's one part as belonging to the projection behind it.

@@ -112,7 +112,7 @@ class TorchMambaMixer(MambaMixer):
             norm = GroupedRMSNorm(self.d_inner_local_tp, group, self.config.layernorm_epsilon, self.tp_group)
             self.norm = norm.to(**place)
         for parameter in (*(getattr(self, name) for name in values), *(self.norm.parameters() if self.rmsnorm else ())):
-            mark_cut_along_rows(parameter)
+            mark_cut(parameter)
 
     def forward(
         self,
@@ -178,8 +178,8 @@ class GroupedRMSNorm(nn.Module):
         return state
 
 
-def mark_cut_along_rows(parameter: Tensor) -> None:
-    """Tell Megatron-Core that every tensor-parallel rank holds rows of its own."""
+def mark_cut(parameter: Tensor, axis: int = 0) -> None:
+    """Tell Megatron-Core that every tensor-parallel rank holds a part of its own along `axis`."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.partition_dim = 0  # type: ignore[attr-defined]
+    parameter.partition_dim = axis  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]
