@@ -5,6 +5,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from safetensors.torch import load_file
 from transformers import (
+    FalconH1Config,
     FalconMambaConfig,
     Mamba2Config,
     MambaConfig,
@@ -20,7 +21,7 @@ from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.state_space import gated_delta_rule, scan_channels, scan_heads
-from megatron.bridge.testing import random_model, run_ranks
+from megatron.bridge.testing import RankFailed, random_model, run_ranks
 from megatron.bridge.testing.families import (
     EVERYWHERE,
     compare,
@@ -62,6 +63,17 @@ QWEN_MOE = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 48,
 }
+FALCON_H1 = {
+    **SIZES,
+    **ATTENTION,
+    "num_hidden_layers": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 24,
+    "mamba_d_ssm": 192,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "pad_token_id": None,  # transformers would leave the padding token's row without a gradient
+}
 CONFIGS = {
     "mamba2": Mamba2Config(
         **SIZES, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8, n_groups=2, time_step_limit=(0.1, 0.9)
@@ -79,6 +91,20 @@ CONFIGS = {
         hybrid_override_pattern="ME*-",
         routed_scaling_factor=2.5,
     ),
+    "falcon-h1": FalconH1Config(
+        **FALCON_H1,
+        attention_in_multiplier=0.9,
+        attention_out_multiplier=0.8,
+        embedding_multiplier=5.0,
+        key_multiplier=0.5,
+        lm_head_multiplier=0.3,
+        mlp_multipliers=[0.7, 1.4],
+        ssm_in_multiplier=1.2,
+        ssm_multipliers=[0.3, 0.6, 1.1, 0.8, 1.3],
+        ssm_out_multiplier=0.6,
+    ),
+    "falcon-h1-norm": FalconH1Config(**FALCON_H1, mamba_rms_norm=True, attention_bias=True, mlp_bias=True),
+    "falcon-h1-norm-behind": FalconH1Config(**FALCON_H1, mamba_rms_norm=True, mamba_norm_before_gate=False),
     "qwen3.5": Qwen3_5TextConfig(**DELTA_NET, attention_bias=True),
     "qwen3.5-moe": Qwen3_5MoeTextConfig(**QWEN_MOE, layer_types=["full_attention", "linear_attention"] * 2),
     "qwen3-next-moe": Qwen3NextConfig(**QWEN_MOE),
@@ -146,7 +172,7 @@ def reload(cases, root, fields):
 
 
 def test_a_checkpoint_written_at_one_layout_exports_at_another(cases, tmp_path):
-    written = [cases[name] for name in ("mamba", "mamba2", "nemotron-h-moe", "qwen3.5")]
+    written = [cases[name] for name in ("mamba", "mamba2", "nemotron-h-moe", "qwen3.5", "falcon-h1")]
     run_ranks(2, save, written, tmp_path, {"tensor_model_parallel_size": 2})
     assert all(run_ranks(2, reload, written, tmp_path, {"pipeline_model_parallel_size": 2}))
     keys = set(tensor_index(tmp_path / "mamba2"))
@@ -171,7 +197,7 @@ def gradients(case, ranks):
     return dict(bridge.export_hf_weights(chunk))
 
 
-@pytest.mark.parametrize("name", ["falcon-mamba", "nemotron-h", "qwen3.5"])
+@pytest.mark.parametrize("name", ["falcon-mamba", "nemotron-h", "qwen3.5", "falcon-h1"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients(cases, tmp_path, name, ranks):
     case, model = cases[name], random_model(CONFIGS[name])
@@ -209,7 +235,7 @@ def packed_and_apart(case):
     return torch.cat([together[0, :70], together[0, 75:]]), torch.cat(single, 1)[0]
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3.5"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3.5", "falcon-h1"])
 def test_no_state_goes_from_one_packed_document_to_the_next(cases, name):
     packed, apart = run_ranks(1, packed_and_apart, cases[name])[0]
     assert relative_difference(packed, apart) < 1e-5
@@ -279,6 +305,7 @@ def test_chunks_of_the_delta_rule_are_the_delta_rule(length):
     ("name", "changes", "culprit"),
     [
         ("mamba2", {"use_conv_bias": False}, "use_conv_bias=False: not supported in Mamba2Config"),
+        ("falcon-h1", {"projectors_bias": True}, "projectors_bias=True"),
         ("nemotron-h-moe", {"moe_latent_size": 32, "use_bias": True}, "use_bias=True, moe_latent_size=32"),
     ],
 )
@@ -288,6 +315,14 @@ def test_what_cannot_be_expressed_is_refused_by_name(cases, name, changes, culpr
         setattr(bridge.hf_config, field, value)
     with pytest.raises(BridgeError, match=culprit):
         bridge.to_megatron_provider()
+
+
+def test_groups_that_do_not_divide_over_ranks_are_refused_when_attention_has_a_mixer_beside_it(cases):
+    def build():
+        AutoBridge.from_hf_pretrained(cases["falcon-h1"].folder).to_megatron_model(tensor_model_parallel_size=4)
+
+    with pytest.raises(RankFailed, match="mamba_num_groups=2: every rank needs whole groups"):
+        run_ranks(4, build)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from megatron.bridge.conversion.transforms import GatherRows
 _LAYER = "decoder.layers.{l}"
 
 
-def mamba2(hf: str, *, heads: int, channels: int, groups: int, state: int, norm: bool = True) -> list[WeightRule]:
+def mamba2(
+    hf: str, *, heads: int, channels: int, groups: int, state: int, norm: bool = True, place: str = "mixer"
+) -> list[WeightRule]:
     """A Mamba-2 mixer. Both sides have the blocks z, x, B, C and dt in one projection, and x, B, C in the convolution.
 
     Args:
@@ -19,8 +21,9 @@ def mamba2(hf: str, *, heads: int, channels: int, groups: int, state: int, norm:
         groups: of heads, each with its own B and C.
         state: size of a head's state.
         norm: whether a norm stands before the last projection.
+        place: Megatron's name of the mixer in its layer.
     """
-    own, shared = f"{_LAYER}.mixer", groups * state
+    own, shared = f"{_LAYER}.{place}", groups * state
     convolved = (channels, shared, shared)
     rules = [
         WeightRule(f"{own}.in_proj.weight", f"{hf}.in_proj.weight", shard=Blocks(0, (channels, *convolved, heads))),
