@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW, Blocks, Expert, cut_axis
 from megatron.bridge.conversion.transforms import (
+    Alternating,
     Concatenate,
     GatherRows,
     Identity,
@@ -31,9 +32,18 @@ def tensors(*shapes):
 def cases(draw):
     """(transform, Hugging Face tensors, Megatron shape)"""
     columns = draw(st.sampled_from([(), (draw(SIZES),)]))
-    kind = draw(
-        st.sampled_from(["identity", "concatenate", "interleave", "pad", "stacked", "transposed", "permute", "gather"])
-    )
+    kinds = [
+        "identity",
+        "concatenate",
+        "interleave",
+        "pad",
+        "stacked",
+        "transposed",
+        "permute",
+        "alternating",
+        "gather",
+    ]
+    kind = draw(st.sampled_from(kinds))
     if kind == "identity":
         shape = (draw(SIZES) * 4, *columns)
         return Identity(), tensors(shape), shape
@@ -56,6 +66,10 @@ def cases(draw):
         order = tuple(draw(st.permutations(range(draw(SIZES)))))
         shape = (draw(SIZES) * len(order), *columns)
         return PermuteBlocks(order), tensors(shape), shape
+    if kind == "alternating":
+        count = draw(st.integers(2, 3))
+        shape = (draw(SIZES) * count, *columns)
+        return Alternating(count), tensors(shape), shape
     if kind == "gather":
         runs = draw(st.permutations([(0, 0, 2), (0, 2, 3), (1, 0, 1), (1, 1, 4), (2, 0, 2)]))
         return GatherRows(tuple(runs)), tensors(*((rows, *columns) for rows in (5, 5, 2))), (12, *columns)
@@ -92,6 +106,12 @@ def test_interleaving_lays_out_groups_as_megatron_reads_them():
     q, k, v = torch.arange(0, 4), torch.arange(10, 12), torch.arange(20, 22)
     fused = InterleaveGroups((2, 1, 1)).forward([InMemory(t) for t in (q, k, v)], ((0, 8),))
     assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_alternating_rows_are_sorted_by_block():
+    gate_up = torch.tensor([0, 10, 1, 11, 2, 12])
+    assert Alternating(2).forward([InMemory(gate_up)], ((0, 6),)).tolist() == [0, 1, 2, 10, 11, 12]
+    assert Alternating(2).forward([InMemory(gate_up)], ((2, 5),)).tolist() == [2, 10, 11]
 
 
 def test_a_stacked_projection_is_read_part_by_part():

@@ -135,6 +135,11 @@ def cut_axis(rule: ShardRule) -> int:
     return inner.axis if isinstance(inner, Blocks) else 0
 
 
+def is_column(rule: ShardRule) -> bool:
+    """Whether the ranks' parts, one after another in memory, are the whole weight."""
+    return (rule.inner if isinstance(rule, Expert) else rule) == COLUMN
+
+
 REPLICATED = Replicated()
 COLUMN = Blocks(0)
 ROW = Blocks(1)

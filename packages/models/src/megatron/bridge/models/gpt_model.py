@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megatron.bridge.models.block_variant import BlockVariant
+from megatron.bridge.models.expert_groups import rank_groups
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.norms import torch_norm
 
@@ -38,6 +39,8 @@ class BridgeLanguageModel(LanguageModule):
             self._add_embedding_norm(variant)
         if self.post_process and variant.output_bias:
             self._add_output_bias()
+        if variant.group_ranking is not None:
+            rank_groups(self, variant.group_ranking)
         for layer in self.decoder.layers:
             if isinstance(layer, VariantLayer):
                 layer.parallel = variant.parallel_block

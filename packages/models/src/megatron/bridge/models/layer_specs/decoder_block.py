@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.latent_attention import with_latent_attention
 
 
 def stock_block(
@@ -46,6 +47,8 @@ def stock_block(
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
+    if config.multi_latent_attention:
+        block = with_layers(block, lambda layer: with_latent_attention(layer, config))
     return block if engine else with_layers(block, with_canonical_keys)
 
 
@@ -68,10 +71,10 @@ def is_mixture_of_experts(layer: TransformerLayerSubmodules) -> bool:
 def with_canonical_keys(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """The layer with the checkpoint keys that Transformer Engine's layers have.
 
-    A dense layer's norm is keyed as part of the linear layer behind it. A mixture of experts keeps its norm apart, but
-    the stock local spec maps it all the same.
+    A dense layer's norm is keyed as part of the linear layer behind it, a mixture of experts keeps its norm apart. The
+    stock local spec maps both alike: as a dense layer's, or under multi-latent attention not at all.
     """
-    if not is_mixture_of_experts(layer):
-        return layer
     keys = {key: value for key, value in layer.sharded_state_dict_keys_map.items() if key != "pre_mlp_layernorm."}
+    if not is_mixture_of_experts(layer):
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return dataclasses.replace(layer, sharded_state_dict_keys_map=keys)
