@@ -18,6 +18,7 @@ from transformers import (
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.dist_checkpoint import tensor_index
 from megatron.bridge.conversion.logits import megatron_logits
+from megatron.bridge.conversion.offline.importer import import_checkpoint
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.state_space import gated_delta_rule, scan_channels, scan_heads
@@ -25,6 +26,7 @@ from megatron.bridge.testing import RankFailed, random_model, run_ranks
 from megatron.bridge.testing.families import (
     EVERYWHERE,
     compare,
+    expect_same_keys,
     expect_same_weights,
     family_case,
     refuse_without_any_rule,
@@ -110,8 +112,6 @@ CONFIGS = {
     "qwen3-next-moe": Qwen3NextConfig(**QWEN_MOE),
     "qwen3-next-moe-mixed": Qwen3NextConfig(**QWEN_MOE, decoder_sparse_step=2, norm_topk_prob=False),
 }
-EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
-EXPERT_LAYOUTS = {"ep2": {EP: 2}, "etp2": {ETP: 2}}
 MIXTURES = [name for name in CONFIGS if "moe" in name]
 
 
@@ -134,28 +134,27 @@ def test_logits_and_round_trip(cases, layout):
     assert all(difference < TOLERANCE[name] for name, difference in found.items()), found
 
 
-def differences(cases, fields):
-    """In one rank: largest relative difference of the logits by name; weights are compared bitwise."""
-    found = {}
-    for case in cases:
-        bridge = AutoBridge.from_hf_pretrained(case.folder)
-        model = bridge.to_megatron_model(**fields)
-        logits = megatron_logits(model, case.tokens)[..., : SIZES["vocab_size"]]
-        found[case.name] = relative_difference(logits, case.logits)
-        expect_same_weights(case, bridge.export_hf_weights(model))
-    return found
-
-
-@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("layout", ["ep2", "etp2"])
 def test_mixtures_of_experts_over_expert_parallel_ranks(cases, layout):
-    found = run_ranks(2, differences, [cases[name] for name in MIXTURES], EXPERT_LAYOUTS[layout])[0]
-    assert found.keys() == set(MIXTURES)
+    found = compare([cases[name] for name in MIXTURES], layout, tolerance=1e-4)
     assert all(difference < TOLERANCE[name] for name, difference in found.items()), found
 
 
-@pytest.mark.parametrize("name", ["mamba2"])
+@pytest.mark.parametrize("name", ["nemotron-h-moe", "qwen3.5", "falcon-h1", "mamba"])
 def test_without_any_one_rule_nothing_is_converted(cases, name):
-    assert run_ranks(1, refuse_without_any_rule, cases[name])[0] > 8
+    assert run_ranks(1, refuse_without_any_rule, cases[name])[0] > 10
+
+
+@pytest.mark.parametrize("name", ["mamba", "nemotron-h-moe", "falcon-h1", "qwen3-next-moe"])
+def test_the_table_has_the_keys_of_checkpoints(cases, name):
+    run_ranks(1, expect_same_keys, cases[name])
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3.5"])
+def test_weights_that_checkpoints_hold_in_parts_are_not_converted_offline(cases, tmp_path, name):
+    with pytest.raises(BridgeError, match=r"in parts \(.*in_proj.weight.z.*convert without --offline"):
+        import_checkpoint(cases[name].folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def save(cases, root, fields):
@@ -317,12 +316,19 @@ def test_what_cannot_be_expressed_is_refused_by_name(cases, name, changes, culpr
         bridge.to_megatron_provider()
 
 
-def test_groups_that_do_not_divide_over_ranks_are_refused_when_attention_has_a_mixer_beside_it(cases):
+@pytest.mark.parametrize(
+    ("ranks", "fields", "culprit"),
+    [
+        (4, {"tensor_model_parallel_size": 4}, "mamba_num_groups=2: every rank needs whole groups"),
+        (2, {"context_parallel_size": 2}, "context_parallel_size=2: a Mamba mixer needs whole sequences"),
+    ],
+)
+def test_layouts_that_a_mixer_beside_attention_does_not_fit_are_refused(cases, ranks, fields, culprit):
     def build():
-        AutoBridge.from_hf_pretrained(cases["falcon-h1"].folder).to_megatron_model(tensor_model_parallel_size=4)
+        AutoBridge.from_hf_pretrained(cases["falcon-h1"].folder).to_megatron_model(**fields)
 
-    with pytest.raises(RankFailed, match="mamba_num_groups=2: every rank needs whole groups"):
-        run_ranks(4, build)
+    with pytest.raises(RankFailed, match=culprit):
+        run_ranks(ranks, build)
 
 
 @pytest.mark.parametrize(

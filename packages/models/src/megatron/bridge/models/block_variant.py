@@ -144,11 +144,9 @@ def _layer(
         mlp = _mixture(mlp, variant)
     if variant.trained_activation is not None:
         mlp = functools.partial(mlp_with_xielu, mlp.func, *mlp.args, **mlp.keywords)
-    if variant.mamba_beside_attention is not None:
-        attention = with_mamba(attention, variant.mamba_beside_attention)
     factors = variant.residual_multiplier, variant.residual_multiplier * variant.mlp_multiplier
     bdas = [bda if factor == 1.0 else _scaled(bda, factor) for bda, factor in zip(bdas, factors, strict=True)]
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         layer,
         input_layernorm=norms[0],
         pre_mlp_layernorm=norms[1],
@@ -157,6 +155,8 @@ def _layer(
         self_attn_bda=bdas[0],
         mlp_bda=bdas[1],
     )
+    beside = variant.mamba_beside_attention
+    return changed if beside is None else with_mamba(changed, beside)
 
 
 def _mixture(part: Any, variant: BlockVariant) -> Any:

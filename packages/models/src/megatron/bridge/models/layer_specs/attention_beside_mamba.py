@@ -6,24 +6,29 @@ from typing import Any
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.layer_specs.mamba_mixer import TorchMambaMixer
+from megatron.bridge.models.layer_specs.mamba_mixer import CONVOLUTION_KEYS, TorchMambaMixer
 from megatron.bridge.models.mamba_beside_attention import MambaBesideAttention
 
 
-def with_mamba(attention: ModuleSpec, beside: MambaBesideAttention) -> ModuleSpec:
-    """Attention's spec with a mixer beside it.
+def with_mamba(layer: TransformerLayerSubmodules, beside: MambaBesideAttention) -> TransformerLayerSubmodules:
+    """A layer's parts with a mixer beside attention.
 
     Raises:
-        BridgeError: the spec has attention of another kind.
+        BridgeError: the layer has attention of another kind.
     """
+    attention = layer.self_attention
     if attention.module is not SelfAttention:
         raise BridgeError(f"a Mamba mixer stands beside plain self-attention only, not beside {attention.module}")
+    params = {**(attention.params or {}), "beside": beside}
+    keys = {f"self_attention.{own}": f"self_attention.{key}" for own, key in CONVOLUTION_KEYS.items()}
     return dataclasses.replace(
-        attention, module=AttentionBesideMamba, params={**(attention.params or {}), "beside": beside}
+        layer,
+        self_attention=dataclasses.replace(attention, module=AttentionBesideMamba, params=params),
+        sharded_state_dict_keys_map={**layer.sharded_state_dict_keys_map, **keys},
     )
 
 
@@ -32,6 +37,11 @@ class AttentionBesideMamba(SelfAttention):
 
     def __init__(self, *args: Any, beside: MambaBesideAttention, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.config.context_parallel_size > 1:
+            raise BridgeError(
+                f"context_parallel_size={self.config.context_parallel_size}: a Mamba mixer needs whole sequences; "
+                "set it to 1, and use tensor and pipeline parallelism"
+            )
         self.beside = beside
         self.mixer = TorchMambaMixer(
             self.config,

@@ -171,6 +171,10 @@ class TorchMambaMixer(MambaMixer):
         return normed
 
 
+# How a layer's keys for checkpoints differ from the names of its mixer's parameters, as Megatron-Core writes them.
+CONVOLUTION_KEYS = {"mixer.conv1d_": "mixer.conv1d."}
+
+
 class GroupedRMSNorm(nn.Module):
     """RMSNorm over groups of channels; tensor-parallel ranks hold whole groups."""
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron.bridge.models.layer_specs.mamba_mixer import CONVOLUTION_KEYS
 from megatron.bridge.models.layer_specs.norms import torch_norm
 from megatron.bridge.models.layer_specs.torch_spec import refuse_unsupported, with_torch_modules
 
@@ -79,7 +80,7 @@ def _mamba_layer(mixer: ModuleSpec) -> ModuleSpec:
             norm=torch_norm,
             mixer=dataclasses.replace(mixer, submodules=projections),
             mamba_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_", **CONVOLUTION_KEYS},
         ),
     )
 
