@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.attention_beside_mamba import with_mamba
 from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.moe_layer import VariantMoELayer
@@ -22,6 +23,7 @@ from megatron.bridge.models.layer_specs.routers import VariantRouter
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 from megatron.bridge.models.layer_specs.xielu import mlp_with_xielu
+from megatron.bridge.models.mamba_beside_attention import MambaBesideAttention
 
 type Builder = Callable[..., Any]
 
@@ -47,6 +49,8 @@ class BlockVariant:
         position_offset: rows of learned positions that are never looked up; position p has row p + offset.
         alibi_slopes: per head of the model, the penalty of a score per position between query and key.
         residual_multiplier: factor on what attention and the MLP add to the residual.
+        mlp_multiplier: a further factor on what the MLP gives.
+        mamba_beside_attention: a Mamba-2 mixer reads what attention reads, and what both give is added up.
         logits_multiplier: factor on the logits.
         logits_softcap: logits l become cap * tanh(l / cap).
         rotary_reversed: queries and keys turn the other way round.
@@ -76,6 +80,8 @@ class BlockVariant:
     position_offset: int = 0
     alibi_slopes: list[float] | None = None
     residual_multiplier: float = 1.0
+    mlp_multiplier: float = 1.0
+    mamba_beside_attention: MambaBesideAttention | None = None
     logits_multiplier: float = 1.0
     logits_softcap: float | None = None
     rotary_reversed: bool = False
@@ -138,9 +144,9 @@ def _layer(
         mlp = _mixture(mlp, variant)
     if variant.trained_activation is not None:
         mlp = functools.partial(mlp_with_xielu, mlp.func, *mlp.args, **mlp.keywords)
-    if variant.residual_multiplier != 1.0:
-        bdas = [_scaled(bda, variant.residual_multiplier) for bda in bdas]
-    return dataclasses.replace(
+    factors = variant.residual_multiplier, variant.residual_multiplier * variant.mlp_multiplier
+    bdas = [bda if factor == 1.0 else _scaled(bda, factor) for bda, factor in zip(bdas, factors, strict=True)]
+    changed = dataclasses.replace(
         layer,
         input_layernorm=norms[0],
         pre_mlp_layernorm=norms[1],
@@ -149,6 +155,8 @@ def _layer(
         self_attn_bda=bdas[0],
         mlp_bda=bdas[1],
     )
+    beside = variant.mamba_beside_attention
+    return changed if beside is None else with_mamba(changed, beside)
 
 
 def _mixture(part: Any, variant: BlockVariant) -> Any:
