@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial as bound
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
 from megatron.bridge.conversion.hf import HFFolderError, HFWeights, copy_companions, write_config
@@ -16,11 +16,13 @@ from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.hf.names import INDEX
 from megatron.bridge.conversion.hf.shard_files import ShardFile, ShardLayout, TensorSpec, lay_out
 from megatron.bridge.conversion.hf.staging import StagedFolder
+from megatron.bridge.conversion.low_bit.encoders import Encoder, encoder_of
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
 from megatron.bridge.conversion.offline.index import refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
+from megatron.bridge.conversion.save import config_changes
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,7 @@ def export_checkpoint(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     max_shard_bytes: float = MAX_SHARD_BYTES,
+    quantization: str | None = None,
     progress: "Progress | None" = None,
 ) -> Path:
     """Convert a Megatron checkpoint, written at whatever layout, to a complete Hugging Face folder.
@@ -68,6 +71,7 @@ def export_checkpoint(
         trust_remote_code: run the configuration code that the model ships.
         overwrite: replace a Hugging Face folder that is there.
         max_shard_bytes: size of one weight file.
+        quantization: as in `AutoBridge.save_hf_pretrained`.
         progress: called with (file, bytes) after each file.
 
     Raises:
@@ -78,7 +82,9 @@ def export_checkpoint(
     else:
         bridge = AutoBridge.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code)
     plan, weights = offline_export_plan(bridge, megatron_path)
-    tensors = _specs(plan, weights, dtype)
+    specs = _specs(plan, weights, dtype)
+    encoder = encoder_of(quantization, plan, f"export of {megatron_path}")
+    tensors = encoder.specs(specs)
     layouts = lay_out(tensors, max_shard_bytes)
     target = Path(hf_path).resolve()
     job = {
@@ -92,8 +98,9 @@ def export_checkpoint(
         staged = StagedFolder(target, overwrite=overwrite, needed_bytes=0, path=partial)
         journal = Journal(target.with_name(f".{target.name}.journal"), job)
         try:
-            _Export(partial, journal, plan, weights, layouts).run(workers, progress)
-            _complete(partial, bridge, layouts, tensors)
+            _Export(partial, journal, plan, weights, layouts, specs, encoder).run(workers, progress)
+            changes = config_changes([dtype for _, dtype in specs.values()], encoder)
+            _complete(partial, bridge, layouts, tensors, changes)
             staged.publish()
             journal.remove()
         finally:
@@ -122,9 +129,12 @@ class _Export:
         plan: Plan,
         weights: MegatronWeights,
         layouts: tuple[ShardLayout, ...],
+        specs: Mapping[str, TensorSpec],
+        encoder: Encoder,
     ) -> None:
         self._folder, self._journal, self._weights, self._layouts = folder, journal, weights, layouts
-        self._item_of = {name: item for item in plan for name in item.hf}
+        self._specs, self._encoder = specs, encoder
+        self._item_of = {output: item for item in plan for name in item.hf for output in self._encoder.outputs(name)}
         self._order = {item.megatron: place for place, item in enumerate(plan)}
         self._sync = BackgroundSync()
         self._lock = Lock()
@@ -163,18 +173,25 @@ class _Export:
 
     def _write_item(self, shard: ShardFile, item: PlanItem) -> list[Part]:
         """The weights of an item that this file holds; the others are written with theirs."""
-        import torch
-
         parts = []
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
-            stored = shard.layout.tensors.get(name)
+            if any(output in shard.layout.tensors for output in self._encoder.outputs(name)):
+                parts += self._write_weight(shard, name, piece.to(self._specs[name][1]))
+        return parts
+
+    def _write_weight(self, shard: ShardFile, name: str, weight: "torch.Tensor") -> list[Part]:
+        import torch
+
+        parts = []
+        for output, piece in self._encoder.encode(name, weight):
+            stored = shard.layout.tensors.get(output)
             if stored is None:
                 continue
-            tensor = piece.to(stored.dtype).contiguous()
-            shard.write(name, tensor)
+            tensor = piece.contiguous()
+            shard.write(output, tensor)
             crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            parts.append(Part(name, len(shard.layout.header) + stored.begin, stored.end - stored.begin, crc))
+            parts.append(Part(output, len(shard.layout.header) + stored.begin, stored.end - stored.begin, crc))
         return parts
 
 
@@ -188,7 +205,11 @@ def _refuse_small_disk(folder: Path, todo: list[ShardLayout]) -> None:
 
 
 def _complete(
-    folder: Path, bridge: AutoBridge, layouts: tuple[ShardLayout, ...], tensors: Mapping[str, TensorSpec]
+    folder: Path,
+    bridge: AutoBridge,
+    layouts: tuple[ShardLayout, ...],
+    tensors: Mapping[str, TensorSpec],
+    changes: Mapping[str, Any],
 ) -> None:
     """Index, companions and configuration; then the folder is read back."""
     if len(layouts) > 1:
@@ -201,8 +222,6 @@ def _complete(
     (folder / "config.json").unlink(missing_ok=True)
     if bridge.source is not None:
         copy_companions(bridge.source.folder, folder)
-    floating = {dtype for _, dtype in tensors.values() if dtype.is_floating_point}
-    changes = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
     write_config(folder, bridge.config_json(**changes))
     found = HFWeights(folder)
     differing = [name for name, (shape, dtype) in tensors.items() if found[name][:2] != (tuple(shape), dtype)]
