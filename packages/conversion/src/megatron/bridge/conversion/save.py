@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.dtype_policy import DtypePolicy
 
+# Weights gathered in one go: enough that the number of small weights does not matter.
+_BUCKET_BYTES = 64 * 2**20
+
 
 def save_hf_folder(
     bridge: "AutoBridge",
@@ -77,7 +80,8 @@ def _write_share(
     mine = {name for file in files for name in writer.tensors_of(file)}
     # Every rank takes part in the gathering of every weight, so a failed write is kept until all are through.
     failure: Exception | None = None
-    for name, tensor in tracked(exporter.weights(), len(exporter.plan.hf_shapes), "export", shown=show_progress):
+    weights = (pair for bucket in exporter.stream(_BUCKET_BYTES) for pair in bucket.items())
+    for name, tensor in tracked(weights, len(exporter.plan.hf_shapes), "export", shown=show_progress):
         outputs = encoder.outputs(name)
         if failure is None and not mine.isdisjoint(outputs):
             try:
