@@ -118,8 +118,9 @@ def test_an_fp8_folder_is_imported_as_the_values_it_stands_for(folders, tmp_path
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == decoded(tensors).keys()
 
 
-def test_offline_conversion_reads_and_writes_fp8(folders, tmp_path):
-    _, _, folder, tensors = folders["llama"]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_offline_conversion_reads_and_writes_fp8(folders, tmp_path, name):
+    _, _, folder, tensors = folders[name]
     import_checkpoint(folder, tmp_path / "megatron", workers=2)
     export_checkpoint(tmp_path / "megatron", tmp_path / "full")
     full, reference = load_file(tmp_path / "full" / "model.safetensors"), decoded(tensors)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from megatron.bridge.conversion import hf_config as reader
 from megatron.bridge.conversion.foreign import refuse_foreign_bridge
+from megatron.bridge.conversion.heads import HeadedBridge, head_of, headed_architectures
 from megatron.bridge.conversion.hf import HFSource
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -45,7 +46,7 @@ class AutoBridge:
         self.source = source
         # Values in which `hf_config` differs from the source's own file.
         self.changes = dict(changes or {})
-        self.model_bridge: MegatronModelBridge = _bridge_class(hf_config)(hf_config)
+        self.model_bridge: MegatronModelBridge = _model_bridge(hf_config)
 
     def __repr__(self) -> str:
         return f"AutoBridge({reader.architecture(self.hf_config)}, source={self.source})"
@@ -95,12 +96,16 @@ class AutoBridge:
     def supports(config: "PretrainedConfig") -> bool:
         """Whether a bridge is offered for the configuration's architecture."""
         names = list(config.architectures or ())
-        return len(names) == 1 and names[0] in MODEL_BRIDGES
+        return len(names) == 1 and (names[0] in MODEL_BRIDGES or head_of(names[0]) is not None)
 
     @staticmethod
-    def list_supported_models() -> list[str]:
-        """Architecture names for which a bridge is installed or registered, sorted."""
-        return list(MODEL_BRIDGES)
+    def list_supported_models(*, heads: bool = False) -> list[str]:
+        """Architecture names for which a bridge is installed or registered, sorted.
+
+        Args:
+            heads: with those of the same decoders under a classification head, for which transformers is imported.
+        """
+        return sorted([*MODEL_BRIDGES, *(headed_architectures() if heads else ())])
 
     # --- into Megatron
 
@@ -447,10 +452,13 @@ def _set_fields(provider: Any, values: Mapping[str, Any]) -> None:
         setattr(provider, name, value)
 
 
-def _bridge_class(config: "PretrainedConfig") -> type[MegatronModelBridge]:
+def _model_bridge(config: "PretrainedConfig") -> MegatronModelBridge:
     name = reader.architecture(config)
+    head = None if name in MODEL_BRIDGES else head_of(name)
+    if head is not None:
+        return HeadedBridge(config, head)
     try:
-        return MODEL_BRIDGES[name]
+        return MODEL_BRIDGES[name](config)
     except UnknownPlugin as error:
         raise UnknownPlugin(
             f'{error}\nA family that is not offered can be added by any package: see "Write a plugin" in the README'

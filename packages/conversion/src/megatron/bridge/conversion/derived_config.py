@@ -20,6 +20,8 @@ _MODEL_ATTRIBUTES = {
     "vocab_size": "unpadded_vocab_size",
     "share_embeddings_and_output_weights": "share_embeddings_and_output_weights",
     "max_position_embeddings": "max_position_embeddings",
+    "num_labels": "num_labels",
+    "encoder_num_layers": "encoder_num_layers",
 }
 
 
@@ -45,10 +47,14 @@ def config_json(config: "PretrainedConfig", source: Path | None, changes: Mappin
 
     How the source's weights were quantised is left out: what is written is in full precision.
     """
+    changes = dict(changes)
+    if "num_labels" in changes:  # files spell it by naming the labels
+        changes |= {name: getattr(config, name) for name in ("id2label", "label2id")}
+        del changes["num_labels"]
     if source is None:
         values: dict[str, Any] = config.to_dict()
         values.pop("_name_or_path", None)
-        return in_full_precision(values) | dict(changes)
+        return in_full_precision(values) | changes
     values = in_full_precision(json.loads((source / "config.json").read_text(encoding="utf-8")))
     # Files written before transformers 5 spell it `torch_dtype`.
     spelled = {"dtype": "torch_dtype"} if "torch_dtype" in values else {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
-from megatron.bridge.conversion.hf_config import architecture, read_config
+from megatron.bridge.conversion.hf_config import read_config
 from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.conversion.transforms import whole
 from megatron.bridge.conversion.weight_source import QUANTIZATION_KEYS, quantization_config
@@ -87,35 +87,20 @@ def reference_logits(
         decoded: its weights in full precision, where the folder holds them in few bits: to read those, transformers
             needs packages of its own for each format.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
+    from megatron.bridge.conversion.reference import logits_of, model_class
 
     disable_progress_bar()
-    if decoded is None:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-    else:
-        model = _model_of(folder, decoded, dtype)
-    model = model.to(platform.device()).eval()
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids.to(platform.device())).logits
-    return logits.float()
-
-
-def _model_of(folder: Path, weights: "Mapping[str, torch.Tensor]", dtype: "torch.dtype") -> Any:
-    """transformers' model of a folder's configuration with other weights than the folder's own."""
-    import transformers
-
     config = read_config(folder)
-    for name in QUANTIZATION_KEYS:
-        if hasattr(config, name):
-            delattr(config, name)
-    model_class = getattr(transformers, architecture(config), None)
-    if model_class is None:
-        raise VerificationError(f"{folder}: transformers has no {architecture(config)} to compare logits with")
-    return model_class.from_pretrained(None, config=config, state_dict=dict(weights), dtype=dtype)
+    if decoded is None:
+        model = model_class(config).from_pretrained(str(folder), dtype=dtype)
+    else:
+        for name in QUANTIZATION_KEYS:
+            vars(config).pop(name, None)
+        model = model_class(config).from_pretrained(None, config=config, state_dict=dict(decoded), dtype=dtype)
+    return logits_of(model.to(platform.device()).eval(), input_ids.to(platform.device()))
 
 
 def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.entries import base_name, entry_of
 from megatron.bridge.conversion.hf import HFFolderError, HFWeights, copy_companions, write_config
 from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.hf.names import INDEX
@@ -111,12 +112,13 @@ def export_checkpoint(
 
 
 def _specs(plan: Plan, weights: MegatronWeights, dtype: "torch.dtype | None") -> dict[str, TensorSpec]:
-    specs: dict[str, TensorSpec] = {}
+    """Shape and dtype of every weight to write."""
+    kept: dict[str, torch.dtype] = {}
     for item in plan:
         held = weights[item.megatron].dtype
-        kept = dtype if dtype is not None and held.is_floating_point else held
-        specs |= {name: (shape, kept) for name, shape in zip(item.hf, item.hf_shapes, strict=True)}
-    return specs
+        wanted = dtype if dtype is not None and held.is_floating_point and not item.rule.keeps_dtype else held
+        kept |= {base_name(name): wanted for name in item.hf}
+    return {name: (shape, kept[name]) for name, shape in plan.hf_shapes.items()}
 
 
 class _Export:
@@ -134,8 +136,12 @@ class _Export:
     ) -> None:
         self._folder, self._journal, self._weights, self._layouts = folder, journal, weights, layouts
         self._specs, self._encoder = specs, encoder
-        self._item_of = {output: item for item in plan for name in item.hf for output in self._encoder.outputs(name)}
-        self._order = {item.megatron: place for place, item in enumerate(plan)}
+        # File -> the items that it holds something of, in plan order.
+        self._items: dict[str, dict[str, PlanItem]] = {layout.file: {} for layout in layouts}
+        file_of = {name: layout.file for layout in layouts for name in layout.tensors}
+        for item in plan:
+            for output in (output for name in item.hf for output in encoder.outputs(base_name(name))):
+                self._items[file_of[output]][item.megatron] = item
         self._sync = BackgroundSync()
         self._lock = Lock()
 
@@ -158,9 +164,8 @@ class _Export:
         shard.path.unlink(missing_ok=True)
         shard.create()
         parts = [Part("header", 0, len(layout.header), zlib.crc32(layout.header))]
-        items = {item.megatron: item for item in (self._item_of[name] for name in layout.tensors)}
-        for megatron in sorted(items, key=self._order.__getitem__):
-            parts += self._write_item(shard, items[megatron])
+        for item in self._items[layout.file].values():
+            parts += self._write_item(shard, item)
 
         def finish() -> None:
             shard.sync_and_close()
@@ -176,8 +181,9 @@ class _Export:
         parts = []
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
-            if any(output in shard.layout.tensors for output in self._encoder.outputs(name)):
-                parts += self._write_weight(shard, name, piece.to(self._specs[name][1]))
+            outputs = self._encoder.outputs(base_name(name))
+            if any(output in shard.layout.tensors for output in outputs):
+                parts += self._write_weight(shard, name, piece.to(self._specs[base_name(name)][1]))
         return parts
 
     def _write_weight(self, shard: ShardFile, name: str, weight: "torch.Tensor") -> list[Part]:
@@ -185,13 +191,15 @@ class _Export:
 
         parts = []
         for output, piece in self._encoder.encode(name, weight):
-            stored = shard.layout.tensors.get(output)
+            written, index = entry_of(output) or (output, 0)
+            stored = shard.layout.tensors.get(written)
             if stored is None:
                 continue
             tensor = piece.contiguous()
-            shard.write(output, tensor)
+            first = index * tensor.nbytes
+            shard.write(written, tensor, first)
             crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            parts.append(Part(output, len(shard.layout.header) + stored.begin, stored.end - stored.begin, crc))
+            parts.append(Part(output, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
         return parts
 
 
