@@ -358,6 +358,7 @@ class AutoBridge:
         dtype: "DtypePolicy" = None,
         distributed_save: bool = True,
         max_shard_bytes: float = 5e9,
+        quantization: str | None = None,
     ) -> Path:
         """Write a complete Hugging Face folder: weights, configuration, tokenizer, templates, code. Collective.
 
@@ -371,6 +372,8 @@ class AutoBridge:
             dtype: as in `get_conversion_tasks`.
             distributed_save: every rank writes its share of the files; False leaves all to rank 0.
             max_shard_bytes: size of one weight file.
+            quantization: "fp8-block" writes the linear layers in float8 with a scale per 128 x 128 block, as DeepSeek
+                publishes; None writes full precision, whatever the source held.
 
         Raises:
             BridgeError: the target exists or cannot be written, or the model does not match the table.
@@ -387,6 +390,7 @@ class AutoBridge:
             dtype=dtype,
             distributed_save=distributed_save,
             max_shard_bytes=max_shard_bytes,
+            quantization=quantization,
         )
 
     def save_hf_weights(self, model: "Model", path: str | Path, **options: Any) -> Path:
@@ -448,6 +452,7 @@ class AutoBridge:
         *,
         overwrite: bool = False,
         show_progress: bool = False,
+        quantization: str | None = None,
         **layout: Any,
     ) -> Path:
         """Convert a Megatron checkpoint to a complete Hugging Face folder. Collective.
@@ -455,10 +460,13 @@ class AutoBridge:
         Args:
             megatron_path: a checkpoint folder, or the root that holds it.
             hf_path: the folder to make.
+            quantization: as in `save_hf_pretrained`.
             layout: provider fields to convert with.
         """
         model = self.load_megatron_model(megatron_path, **layout)
-        return self.save_hf_pretrained(model, hf_path, overwrite=overwrite, show_progress=show_progress)
+        return self.save_hf_pretrained(
+            model, hf_path, overwrite=overwrite, show_progress=show_progress, quantization=quantization
+        )
 
 
 def _set_fields(provider: Any, values: Mapping[str, Any]) -> None:
