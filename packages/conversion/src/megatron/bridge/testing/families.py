@@ -37,6 +37,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "ep2": {_EP: 2},
     "etp2": {_ETP: 2},
     "tp2ep2": {_TP: 2, _EP: 2},
+    "tp2etp1": {_TP: 2, _ETP: 1},
     "tp2ep2etp1": {_TP: 2, _EP: 2, _ETP: 1},
 }
 EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")

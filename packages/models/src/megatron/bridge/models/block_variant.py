@@ -40,6 +40,10 @@ class BlockVariant:
             the same with weights per head (`heads`); or the whole `projection`.
         qk_norm_after_rope: the norm of queries and keys follows the rotation.
         query_temperature: (beta, positions): a query at position p is multiplied by 1 + beta * log(1 + p // positions).
+        query_temperature_start: the first token's position p.
+        query_temperature_layers: where that is not so in all layers: 1 for those where it is, 0 for the others.
+        qk_l2_norm_layers: queries and keys get an RMS norm without weights, behind the rotation: 1 or 0 per layer.
+        attention_chunks: per layer, how many tokens make a chunk, before which its queries see nothing; None: no chunk.
         attention_softcap: scores s become cap * tanh(s / cap).
         embedding_multiplier: factor on the token embeddings, rounded to their dtype.
         trained_activation: the MLP's activation has parameters of its own (`xielu`); `activation_func` is then unused.
@@ -67,6 +71,10 @@ class BlockVariant:
     qk_norm_over: Literal["channels", "heads", "projection"] = "channels"
     qk_norm_after_rope: bool = False
     query_temperature: tuple[float, int] | None = None
+    query_temperature_start: int = 0
+    query_temperature_layers: list[int] | None = None
+    qk_l2_norm_layers: list[int] | None = None
+    attention_chunks: list[int | None] | None = None
     attention_softcap: float | None = None
     embedding_multiplier: float = 1.0
     trained_activation: Literal["xielu"] | None = None
@@ -172,7 +180,15 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
     if variant.attention_softcap is not None:
         params["softcap"] = variant.attention_softcap
     if variant.query_temperature is not None:
-        params["temperature"] = variant.query_temperature
+        params |= {
+            "temperature": variant.query_temperature,
+            "temperature_start": variant.query_temperature_start,
+            "temperature_layers": variant.query_temperature_layers,
+        }
+    if variant.qk_l2_norm_layers is not None:
+        params["l2_norm_layers"] = variant.qk_l2_norm_layers
+    if variant.attention_chunks is not None:
+        params["chunks"] = variant.attention_chunks
     if variant.alibi_slopes is not None:
         params["slopes"] = tuple(variant.alibi_slopes)
     if variant.qk_norm_after_rope:
@@ -191,7 +207,7 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
 
 
 def _core_attention(builder: Any, params: dict[str, Any]) -> ModuleSpec:
-    if builder is not SDPAttention:
+    if builder not in (SDPAttention, VariantAttention):
         raise _needs_torch(f"attention with {', '.join(params)}")
     return ModuleSpec(module=VariantAttention, params=params)
 

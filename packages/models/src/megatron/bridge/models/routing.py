@@ -91,7 +91,7 @@ def biased_softmax_routing(topk: int, *, least_sum: float) -> dict[str, Any]:
 def sigmoid_of_chosen(topk: int, *, normalised: bool) -> dict[str, Any]:
     """Provider fields of the `topk` largest logits' sigmoids, normalised to sum to one or not."""
     if normalised == (topk > 1):
-        return {"moe_router_score_function": "sigmoid", "moe_router_topk": topk}
+        return {"moe_router_score_function": "sigmoid", "moe_router_topk": topk, "moe_router_dtype": "fp32"}
     if normalised:
         raise BridgeError("routing: one expert per token with normalised weights gives every expert the weight 1")
     return {**softmax_routing(topk, normalised=False), "routing": "sigmoid"}

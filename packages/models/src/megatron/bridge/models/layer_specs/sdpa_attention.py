@@ -47,6 +47,7 @@ class SDPAttention(MegatronModule):
         super().__init__(config=config)
         del attention_type, cp_comm_type, pg_collection  # part of Megatron-Core's contract, of no effect here
         self.attn_mask_type = attn_mask_type
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale  # None means 1 / sqrt(head size)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, max(1, layer_number))
