@@ -75,6 +75,17 @@ CASES = {
         | {"num_shared_experts": 1, "shared_expert_combination_strategy": "sum", "expert_selection_fn": "sigmoid"}
         | {"norm_topk_prob": False, "rms_norm_eps": 1e-5},
     ),
+    "granitemoe_swa": ("granitemoe_swa", GRANITE | MIXED | {"layer_rope_theta": [0, 9.0, 1e4, 0]}),
+    "flint": (
+        "flint",
+        HEAD_16 | MIXED | EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    ),
+    "kolibri1": (
+        "kolibri1",
+        HEAD_16 | MIXED | EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    ),
+    "kolibri1-normalised": ("kolibri1", HEAD_16 | MIXED | EXPERTS | {"norm_topk_prob": True}),
+    "aria_text": ("aria_text", {"moe_num_experts": 8, "moe_topk": 3}),
     "gpt_oss": ("gpt_oss", LOCAL_EXPERTS | HEAD_16 | {"sliding_window": 5}),
     "llama4_text": (
         "llama4_text",

@@ -58,6 +58,7 @@ class BlockVariant:
         routing: how a mixture of experts chooses and weighs them, where Megatron-Core has no switch for it: a name in
             `ROUTING_RULES`.
         routing_eps: what that rule makes of it.
+        routing_bias: that rule has a bias per expert, which takes part in the choice only and is not trained.
         moe_multiplier: factor on what a mixture of experts gives.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
@@ -86,8 +87,9 @@ class BlockVariant:
     logits_softcap: float | None = None
     rotary_reversed: bool = False
     output_bias: bool = False
-    routing: Literal["sparsemixer", "biased_softmax", "sigmoid"] | None = None
+    routing: Literal["sparsemixer", "softmax", "sigmoid", "normalised_sigmoid"] | None = None
     routing_eps: float = 0.0
+    routing_bias: bool = False
     moe_multiplier: float = 1.0
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
@@ -158,7 +160,8 @@ def _layer(
 def _mixture(part: Any, variant: BlockVariant) -> Any:
     """The mixture of experts' `partial` with the variant's router and what stands behind the experts."""
     if variant.routing is not None:
-        router = functools.partial(VariantRouter, rule=variant.routing, eps=variant.routing_eps)
+        rule: dict[str, Any] = {"rule": variant.routing, "eps": variant.routing_eps, "bias": variant.routing_bias}
+        router = functools.partial(VariantRouter, **rule)
         part = _changed(part, router=lambda builder: router)
     if not variant.post_norm and variant.moe_multiplier == 1.0:
         return part

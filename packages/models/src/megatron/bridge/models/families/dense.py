@@ -129,6 +129,7 @@ class DenseBridge(MegatronModelBridge):
                 fused=self.fused_qkv(),
                 names=names,
             ),
+            fragments.sinks(names) if differences.get("softmax_type") == "learnable" else [],
             fragments.post_norms(self.norm_kinds, names=names) if differences.get("post_norm") else [],
             mlp(bias=self.mlp_bias(), names=names),
             fragments.head(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from megatron.bridge.conversion.shards import COLUMN
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models import moe_fragments as moe
@@ -12,7 +11,7 @@ from megatron.bridge.models.families.dense import shared_fields
 from megatron.bridge.models.families.moe import MoEBridge
 from megatron.bridge.models.routing import balancing, softmax_routing
 
-_OWN, _HF = "decoder.layers.{l}", "model.layers.{l}"
+_HF_MLP = "model.layers.{l}.mlp"
 
 
 class GptOssBridge(MoEBridge):
@@ -54,12 +53,11 @@ class GptOssBridge(MoEBridge):
         }
 
     def moe_rules(self) -> list[WeightRule]:
-        experts, sinks = f"{_HF}.mlp.experts", f"{_OWN}.self_attention.core_attention.softmax_offset"
+        experts = f"{_HF_MLP}.experts"
         return [
-            WeightRule(sinks, f"{_HF}.self_attn.sinks", shard=COLUMN),
             *moe.moe_norm(),
-            *moe.router(f"{_HF}.mlp.router"),
-            WeightRule(f"{_OWN}.mlp.router.bias", f"{_HF}.mlp.router.bias"),
+            *moe.router(f"{_HF_MLP}.router"),
+            WeightRule("decoder.layers.{l}.mlp.router.bias", f"{_HF_MLP}.router.bias"),
             *moe.stacked_experts(
                 f"{experts}.gate_up_proj", f"{experts}.down_proj", transposed=True, interleaved=True, bias="_bias"
             ),
