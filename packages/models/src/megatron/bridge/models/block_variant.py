@@ -59,6 +59,7 @@ class BlockVariant:
             `ROUTING_RULES`.
         routing_eps: what that rule makes of it.
         routing_bias: that rule has a bias per expert, which takes part in the choice only and is not trained.
+        router_fp32: the router's weight is in fp32, whatever the model's dtype.
         moe_multiplier: factor on what a mixture of experts gives.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
@@ -90,6 +91,7 @@ class BlockVariant:
     routing: Literal["sparsemixer", "softmax", "sigmoid", "normalised_sigmoid"] | None = None
     routing_eps: float = 0.0
     routing_bias: bool = False
+    router_fp32: bool = False
     moe_multiplier: float = 1.0
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
@@ -159,9 +161,14 @@ def _layer(
 
 def _mixture(part: Any, variant: BlockVariant) -> Any:
     """The mixture of experts' `partial` with the variant's router and what stands behind the experts."""
-    if variant.routing is not None:
-        rule: dict[str, Any] = {"rule": variant.routing, "eps": variant.routing_eps, "bias": variant.routing_bias}
-        router = functools.partial(VariantRouter, **rule)
+    if variant.routing is not None or variant.router_fp32:
+        router = functools.partial(
+            VariantRouter,
+            rule=variant.routing,
+            eps=variant.routing_eps,
+            bias=variant.routing_bias,
+            fp32=variant.router_fp32,
+        )
         part = _changed(part, router=lambda builder: router)
     if not variant.post_norm and variant.moe_multiplier == 1.0:
         return part

@@ -20,7 +20,11 @@ class FlintBridge(Qwen3MoeBridge):
         return windows_by_layer_type(self.hf_config)
 
     def differences(self) -> Mapping[str, Any]:
-        return {"softmax_type": "learnable", "no_rope_freq": [int(window is None) for window in self.windows()]}
+        return {
+            "softmax_type": "learnable",
+            "no_rope_freq": [int(window is None) for window in self.windows()],
+            "router_fp32": True,
+        }
 
     def moe_fields(self) -> dict[str, Any]:
         config = self.hf_config
@@ -31,4 +35,5 @@ class FlintBridge(Qwen3MoeBridge):
         }
 
     def moe_rules(self) -> list[WeightRule]:
-        return [*super().moe_rules(), *moe.shared_experts("model.layers.{l}.mlp.shared_expert")]
+        shared = moe.shared_experts("model.layers.{l}.mlp.shared_expert")
+        return [*moe.moe_norm(), *moe.router(keeps_dtype=True), *shared, *moe.experts()]

@@ -1,7 +1,7 @@
-"""Routers that choose and weigh experts in ways for which Megatron-Core has no switch."""
+"""Routers that choose and weigh experts in ways for which Megatron-Core has no switch, or keep their dtype."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -14,27 +14,42 @@ type RoutingRule = Callable[[Tensor, "VariantRouter"], tuple[Tensor, Tensor]]
 
 
 class VariantRouter(TopKRouter):
-    """Megatron-Core's router, with its losses and statistics, around another rule.
+    """Megatron-Core's router, with its losses and statistics, around another rule or another dtype.
 
     Args:
-        rule: a name in `ROUTING_RULES`.
+        rule: a name in `ROUTING_RULES`; None for Megatron-Core's own.
         eps: what the rule makes of it.
-        bias: whether there is a bias per expert, which takes part in the choice only and is not trained.
+        bias: whether the rule has a bias per expert, which takes part in the choice only and is not trained.
+        fp32: the weight stays in fp32, whatever the model's dtype.
     """
 
-    def __init__(self, *args: Any, rule: str, eps: float, bias: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: str | None, eps: float, bias: bool, fp32: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.config.moe_router_fusion:
+        if rule is not None and self.config.moe_router_fusion:
             raise BridgeError(f"the routing rule {rule!r} has no fused kernel; set moe_router_fusion=False")
-        self.rule, self.eps = ROUTING_RULES[rule], eps
+        self.rule, self.eps, self.fp32 = None if rule is None else ROUTING_RULES[rule], eps, fp32
+        if fp32:
+            self.weight.data = self.weight.data.float()
         if bias:
             # Megatron-Core has this buffer beside sigmoid scores only, and trains it there.
             del self.expert_bias
             self.register_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `Module.to`, `bfloat16` and their like are made of."""
+        if not self.fp32:
+            return super()._apply(fn, recurse)
+
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keeping_dtype, recurse)
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As Megatron-Core's: weights and choices, `[tokens, experts]` each."""
-        self.router_replay = _Choice(*self.rule(logits.view(-1, self.num_experts), self))
+        if self.rule is not None:
+            self.router_replay = _Choice(*self.rule(logits.view(-1, self.num_experts), self))
         weights, chosen = super().routing(logits, padding_mask)
         return weights, chosen
 
