@@ -111,7 +111,7 @@ def cases(tmp_path_factory):
     return {name: family_case(config, root / name, name) for name, config in CONFIGS.items()}
 
 
-@pytest.mark.parametrize("layout", EXPERTS_EVERYWHERE)
+@pytest.mark.parametrize("layout", [*EXPERTS_EVERYWHERE, "tp2ep2"])
 def test_logits_and_round_trip(cases, layout):
     # Variants of a family differ in what no layout cuts.
     chosen = [case for name, case in cases.items() if layout in ("single", "tp2") or "-" not in name]

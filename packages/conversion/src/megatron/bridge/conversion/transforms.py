@@ -7,6 +7,7 @@ columns that the wanted region of the result needs, so the same code serves a te
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -334,3 +335,80 @@ class Alternating(_Reordered):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return [megatron.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)]
+
+
+@dataclass(frozen=True)
+class PermuteRows(_Reordered):
+    """Rows in another order within groups of equal size: row i of a group is the other side's row `order[i]`.
+
+    Args:
+        order: a permutation of 0 to n - 1, for groups of n rows.
+    """
+
+    order: tuple[int, ...]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        start, stop = region[0]
+        size = len(self.order)
+        first, last = start // size * size, -(-stop // size) * size
+        rows = self._ordered(hf[0].read(_on_axis(region, 0, first, last)), self.order)
+        return rows[start - first : stop - first]
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return [self._ordered(megatron, back)]
+
+    @staticmethod
+    def _ordered(rows: "torch.Tensor", order: Sequence[int]) -> "torch.Tensor":
+        return rows.unflatten(0, (-1, len(order)))[:, list(order)].flatten(0, 1)
+
+
+type Run = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class GatherRows(Transform):
+    """Runs of rows of the Hugging Face tensors, one after another: the fused projections that follow no simpler rule.
+
+    Args:
+        runs: (which tensor, its first row, rows) in the order of the Megatron tensor; every row of every tensor occurs
+            exactly once.
+    """
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        """Rows of each Hugging Face tensor."""
+        counts = [0] * (max(source for source, _, _ in self.runs) + 1)
+        for source, _, rows in self.runs:
+            counts[source] += rows
+        return counts
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return (sum(shape[0] for shape in hf), *hf[0][1:])
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [(rows, *megatron[1:]) for rows in self._rows]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        import torch
+
+        start, stop = region[0]
+        pieces, place = [], 0
+        for source, first, rows in self.runs:
+            low, high = max(start - place, 0), min(stop - place, rows)
+            if low < high:
+                pieces.append(hf[source].read(_on_axis(region, 0, first + low, first + high)))
+            place += rows
+        return torch.cat(pieces)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        import torch
+
+        runs = megatron.split([rows for _, _, rows in self.runs])
+        placed = sorted(zip(self.runs, runs, strict=True), key=lambda each: each[0])
+        return [
+            torch.cat([piece for (source, _, _), piece in placed if source == wanted])
+            for wanted in range(len(self._rows))
+        ]

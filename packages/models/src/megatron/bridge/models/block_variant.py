@@ -61,6 +61,8 @@ class BlockVariant:
         routing_bias: that rule has a bias per expert, which takes part in the choice only and is not trained.
         router_fp32: the router's weight is in fp32, whatever the model's dtype.
         moe_multiplier: factor on what a mixture of experts gives.
+        latent_norm_epsilon: epsilon of the norms on multi-latent attention's latents (None: as other norms').
+        group_ranking: groups of experts are ranked by this many of their best experts (None: Megatron-Core's way).
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
 
@@ -93,6 +95,8 @@ class BlockVariant:
     routing_bias: bool = False
     router_fp32: bool = False
     moe_multiplier: float = 1.0
+    latent_norm_epsilon: float | None = None
+    group_ranking: int | None = None
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
 
@@ -102,7 +106,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
     Raises:
         BridgeError: the spec's modules cannot be changed so; only those of the layer spec `torch` can.
     """
-    if _is_plain(variant):
+    if is_plain(variant):
         return spec
     if not isinstance(spec, TransformerBlockSubmodules):
         raise BridgeError("the layer spec gives no block of layers to change; use layer_spec='torch'")
@@ -117,10 +121,10 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
     return dataclasses.replace(spec, layer_specs=layers, layer_norm=_norm(spec.layer_norm, variant))
 
 
-def _is_plain(variant: BlockVariant) -> bool:
+def is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
-    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed"}
+    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "group_ranking"}
     fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
     return all(getattr(variant, field.name) == field.default for field in fields)
 
@@ -204,6 +208,9 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
     if variant.qk_norm_after_rope:
         params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)
+    elif variant.latent_norm_epsilon is not None:
+        names = [name for name in ("q_layernorm", "kv_layernorm") if getattr(part.submodules, name) is not IdentityOp]
+        part = _changed(part, **{name: _with_epsilon(variant.latent_norm_epsilon) for name in names})
     elif config.qk_layernorm and variant.qk_norm_over != "channels":
         heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         over = functools.partial(ProjectionNorm, whole=variant.qk_norm_over == "projection")
@@ -214,6 +221,15 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
             part, q_layernorm=lambda norm: _norm(norm, variant), k_layernorm=lambda norm: _norm(norm, variant)
         )
     return _changed(part, core_attention=lambda core: _core_attention(core, params)) if params else part
+
+
+def _with_epsilon(epsilon: float) -> Builder:
+    def change(norm: Any) -> Builder:
+        if norm is not torch_norm:
+            raise _needs_torch(f"norms on latents with an epsilon of their own ({epsilon})")
+        return lambda *args, **kwargs: norm(*args, **{**kwargs, "eps": epsilon})
+
+    return change
 
 
 def _core_attention(builder: Any, params: dict[str, Any]) -> ModuleSpec:

@@ -3,7 +3,7 @@
 Megatron names are those of single experts: `decoder.layers.{l}.mlp.experts.experts.{e}.linear_fc1.weight`.
 """
 
-from megatron.bridge.conversion.shards import GATED_COLUMN, REPLICATED, ROW, Expert
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW, Expert
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.conversion.transforms import Alternating, Concatenate, Identity, Transform, Transposed
 from megatron.bridge.models.fragments import WEIGHT
@@ -48,6 +48,14 @@ def experts(
     names = (f"{hf}.{gate}.weight", f"{hf}.{up}.weight")
     return [
         WeightRule(f"{_EXPERT}.linear_fc1.weight", names, Concatenate(2), Expert(GATED_COLUMN)),
+        WeightRule(f"{_EXPERT}.linear_fc2.weight", f"{hf}.{down}.weight", shard=Expert(ROW)),
+    ]
+
+
+def plain_experts(hf: str, *, up: str = "up_proj", down: str = "down_proj") -> list[WeightRule]:
+    """Experts without a gate, each with weights of its own on the Hugging Face side."""
+    return [
+        WeightRule(f"{_EXPERT}.linear_fc1.weight", f"{hf}.{up}.weight", shard=Expert(COLUMN)),
         WeightRule(f"{_EXPERT}.linear_fc2.weight", f"{hf}.{down}.weight", shard=Expert(ROW)),
     ]
 
@@ -99,3 +107,12 @@ def shared_experts(
         WeightRule(f"{own}.linear_fc2.weight", f"{hf}.{fc2}.weight", shard=ROW),
     ]
     return [*rules, WeightRule(f"{own}.gate_weight", scale)] if scale else rules
+
+
+def plain_shared_experts(hf: str) -> list[WeightRule]:
+    """The experts that see every token, as one MLP without a gate."""
+    own = f"{_MLP}.shared_experts"
+    return [
+        WeightRule(f"{own}.linear_fc1.weight", f"{hf}.up_proj.weight", shard=COLUMN),
+        WeightRule(f"{own}.linear_fc2.weight", f"{hf}.down_proj.weight", shard=ROW),
+    ]

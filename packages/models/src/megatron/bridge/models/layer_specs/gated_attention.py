@@ -1,12 +1,11 @@
-"""Self-attention whose output is gated, without a compiler."""
+"""Attention whose output is gated (`attention_output_gate`), without the compiler that Megatron-Core's calls."""
 
-import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 
-class GatedAttention(SelfAttention):
-    """Megatron-Core's self-attention; its own gate is compiled when first used, and needs a C++ compiler on a CPU."""
+class GatedSelfAttention(SelfAttention):
+    """`SelfAttention` with the gate as plain operations; the stock one is compiled at its first call."""
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        return (x * torch.sigmoid(gate.reshape(x.shape).float())).to(x.dtype)
+        return (x * gate.reshape(x.shape).float().sigmoid()).to(x.dtype)
