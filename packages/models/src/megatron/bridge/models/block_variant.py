@@ -42,6 +42,10 @@ class BlockVariant:
             the same with weights per head (`heads`); or the whole `projection`.
         qk_norm_after_rope: the norm of queries and keys follows the rotation.
         query_temperature: (beta, positions): a query at position p is multiplied by 1 + beta * log(1 + p // positions).
+        query_temperature_start: the first token's position p.
+        query_temperature_layers: where that is not so in all layers: 1 for those where it is, 0 for the others.
+        qk_l2_norm_layers: queries and keys get an RMS norm without weights, behind the rotation: 1 or 0 per layer.
+        attention_chunks: per layer, how many tokens make a chunk, before which its queries see nothing; None: no chunk.
         attention_softcap: scores s become cap * tanh(s / cap).
         embedding_multiplier: factor on the token embeddings, rounded to their dtype.
         trained_activation: the MLP's activation has parameters of its own (`xielu`); `activation_func` is then unused.
@@ -58,6 +62,8 @@ class BlockVariant:
         routing: how a mixture of experts chooses and weighs them, where Megatron-Core has no switch for it: a name in
             `ROUTING_RULES`.
         routing_eps: what that rule makes of it.
+        routing_bias: that rule has a bias per expert, which takes part in the choice only and is not trained.
+        router_fp32: the router's weight is in fp32, whatever the model's dtype.
         moe_multiplier: factor on what a mixture of experts gives.
         latent_norm_epsilon: epsilon of the norms on multi-latent attention's latents (None: as other norms').
         group_ranking: groups of experts are ranked by this many of their best experts (None: Megatron-Core's way).
@@ -73,6 +79,10 @@ class BlockVariant:
     qk_norm_over: Literal["channels", "heads", "projection"] = "channels"
     qk_norm_after_rope: bool = False
     query_temperature: tuple[float, int] | None = None
+    query_temperature_start: int = 0
+    query_temperature_layers: list[int] | None = None
+    qk_l2_norm_layers: list[int] | None = None
+    attention_chunks: list[int | None] | None = None
     attention_softcap: float | None = None
     embedding_multiplier: float = 1.0
     trained_activation: Literal["xielu"] | None = None
@@ -86,8 +96,10 @@ class BlockVariant:
     logits_softcap: float | None = None
     rotary_reversed: bool = False
     output_bias: bool = False
-    routing: Literal["sparsemixer", "biased_softmax", "sigmoid"] | None = None
+    routing: Literal["sparsemixer", "softmax", "sigmoid", "normalised_sigmoid"] | None = None
     routing_eps: float = 0.0
+    routing_bias: bool = False
+    router_fp32: bool = False
     moe_multiplier: float = 1.0
     latent_norm_epsilon: float | None = None
     group_ranking: int | None = None
@@ -161,8 +173,14 @@ def _layer(
 
 def _mixture(part: Any, variant: BlockVariant) -> Any:
     """The mixture of experts' `partial` with the variant's router and what stands behind the experts."""
-    if variant.routing is not None:
-        router = functools.partial(VariantRouter, rule=variant.routing, eps=variant.routing_eps)
+    if variant.routing is not None or variant.router_fp32:
+        router = functools.partial(
+            VariantRouter,
+            rule=variant.routing,
+            eps=variant.routing_eps,
+            bias=variant.routing_bias,
+            fp32=variant.router_fp32,
+        )
         part = _changed(part, router=lambda builder: router)
     if not variant.post_norm and variant.moe_multiplier == 1.0:
         return part
@@ -184,7 +202,15 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
     if variant.attention_softcap is not None:
         params["softcap"] = variant.attention_softcap
     if variant.query_temperature is not None:
-        params["temperature"] = variant.query_temperature
+        params |= {
+            "temperature": variant.query_temperature,
+            "temperature_start": variant.query_temperature_start,
+            "temperature_layers": variant.query_temperature_layers,
+        }
+    if variant.qk_l2_norm_layers is not None:
+        params["l2_norm_layers"] = variant.qk_l2_norm_layers
+    if variant.attention_chunks is not None:
+        params["chunks"] = variant.attention_chunks
     if variant.alibi_slopes is not None:
         params["slopes"] = tuple(variant.alibi_slopes)
     if variant.qk_norm_after_rope:
@@ -215,7 +241,7 @@ def _with_epsilon(epsilon: float) -> Builder:
 
 
 def _core_attention(builder: Any, params: dict[str, Any]) -> ModuleSpec:
-    if builder is not SDPAttention:
+    if builder not in (SDPAttention, VariantAttention):
         raise _needs_torch(f"attention with {', '.join(params)}")
     return ModuleSpec(module=VariantAttention, params=params)
 
