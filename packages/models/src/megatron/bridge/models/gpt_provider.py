@@ -110,6 +110,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
 
         from megatron.bridge.models.biases import with_biases
         from megatron.bridge.models.gpt_model import BridgeGPTModel
+        from megatron.bridge.models.layer_specs.prediction import prediction_block
 
         config = self.transformer_config()
         layer_spec = self.layer_spec or default_layer_spec()
@@ -120,9 +121,11 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        engine = layer_spec == "transformer_engine"
         model = BridgeGPTModel(
             config=config,
             transformer_layer_spec=spec,
+            mtp_block_spec=prediction_block(spec, config, engine=engine, vp_stage=vp_stage),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=(self.max_position_embeddings or self.seq_length) + self.position_offset,
             pre_process=pre_process,
@@ -149,6 +152,8 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         positions = self.max_position_embeddings or self.seq_length
         if self.rotary_reversed and (self.rope_parameters or self.layer_rope_parameters):
             raise BridgeError("rotary_reversed=True goes with plain RoPE only; set rope_parameters to None")
+        if self.layer_rope_parameters is not None and self.mtp_num_layers:
+            raise BridgeError("mtp_num_layers: layer_rope_parameters does not say how prediction layers turn")
         if self.layer_rope_parameters is not None:
             apply_layer_rope_parameters(model, self.layer_rope_parameters, positions)
         elif self.rope_parameters is not None:

@@ -32,7 +32,14 @@ def forward_step(
     if data_iterator is None:
         return model(None, None, None, labels=None), _no_loss
     batch = {name: value.to(device(), non_blocking=True) for name, value in next(data_iterator).items()}
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        # For the losses of prediction layers, which the model adds up by itself.
+        loss_mask=batch["loss_mask"],
+    )
     return output, partial(masked_loss, batch["loss_mask"])
 
 
