@@ -11,6 +11,7 @@ from megatron.bridge.models.block_variant import BlockVariant
 from megatron.bridge.models.expert_groups import rank_groups
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.norms import torch_norm
+from megatron.bridge.models.layer_specs.sinusoids import SinusoidalPositions, Waves
 
 
 class BridgeGPTModel(GPTModel):
@@ -34,6 +35,8 @@ class BridgeGPTModel(GPTModel):
         embeds = hasattr(self, "embedding")
         if embeds and variant.embedding_multiplier != 1.0:
             self.embedding.word_embeddings.register_forward_hook(_Multiplier(variant.embedding_multiplier))
+        if embeds and variant.sinusoidal_positions is not None:
+            self._add_sinusoids(variant.sinusoidal_positions)
         if embeds and variant.position_offset:
             self.embedding.position_embeddings.register_forward_pre_hook(_Offset(variant.position_offset))
         if embeds and variant.embedding_norm:
@@ -48,6 +51,12 @@ class BridgeGPTModel(GPTModel):
         for layer in self.modules():
             if isinstance(layer, VariantLayer):
                 layer.parallel = variant.parallel_block
+
+    def _add_sinusoids(self, waves: Waves) -> None:
+        place = self.embedding.word_embeddings.weight
+        positions = SinusoidalPositions(self.max_sequence_length, self.config.hidden_size, waves)
+        self.embedding.position_embeddings = positions.to(place.device, place.dtype)
+        self.embedding.add_position_embedding = True
 
     def _add_output_bias(self) -> None:
         rows = self.output_layer.output_size_per_partition
