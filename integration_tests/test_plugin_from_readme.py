@@ -154,9 +154,7 @@ def tuned(folder: Path) -> dict[str, bool]:
 def test_its_peft_method_is_found_in_every_rank(installed: Path, model: Path) -> None:
     for trainable in run_ranks(2, tuned, model):
         assert {name for name, on in trainable.items() if on} == {name for name in trainable if "norm" in name}
-        assert (
-            sum(trainable.values()) == 4 + 1
-        )  # one norm in each of four layers, and the last one
+        assert sum(trainable.values()) == 4 + 1  # one norm in each of four layers, and the last one
 
 
 def test_an_unknown_method_names_it_among_the_known(installed: Path) -> None:
