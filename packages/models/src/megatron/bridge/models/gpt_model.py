@@ -1,8 +1,9 @@
-"""Megatron-Core's GPT model, with a loss that the padded part of the vocabulary takes no part in."""
+"""Megatron-Core's language models, with a loss that the padded part of the vocabulary takes no part in."""
 
 from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
@@ -14,8 +15,8 @@ from megatron.bridge.models.layer_specs.norms import torch_norm
 from megatron.bridge.models.layer_specs.sinusoids import SinusoidalPositions, Waves
 
 
-class BridgeGPTModel(GPTModel):
-    """`GPTModel` that knows its layer spec's name, and by `unpadded_vocab_size` how many of its output rows are real.
+class BridgeLanguageModel(LanguageModule):
+    """A model that knows its layer spec's name, and by `unpadded_vocab_size` how many of its output rows are real.
 
     Megatron pads the vocabulary to suit tensor parallelism. Logits of padded rows would add to every softmax, so that
     the same weights would have another loss at another layout; here they are masked.
@@ -111,6 +112,10 @@ class BridgeGPTModel(GPTModel):
         share = logits.shape[-1]
         first = share * self.pg_collection.tp.rank()
         return torch.arange(first, first + share, device=logits.device) >= held
+
+
+class BridgeGPTModel(BridgeLanguageModel, GPTModel):
+    """Megatron-Core's GPT model."""
 
 
 class _Offset:

@@ -72,6 +72,43 @@ def group_fields(topk: int, groups: int | None, chosen_groups: int | None, *, ra
     }
 
 
+def sparsemixer_routing(topk: int, *, jitter: float) -> dict[str, Any]:
+    """Provider fields of SparseMixer (arXiv:2409.12136), which samples in training and chooses the best otherwise.
+
+    Raises:
+        BridgeError: more or fewer than the two experts per token that it is made for.
+    """
+    if topk != 2:
+        raise BridgeError(f"routing: SparseMixer chooses 2 experts per token, not {topk}")
+    return {**softmax_routing(topk, normalised=False), "routing": "sparsemixer", "routing_eps": float(jitter)}
+
+
+def biased_softmax_routing(topk: int, *, least_sum: float) -> dict[str, Any]:
+    """Provider fields of softmax scores, chosen with a bias per expert and weighed without it, normalised.
+
+    The bias is no parameter, and training leaves it as it is.
+
+    Args:
+        topk: experts per token.
+        least_sum: what the chosen scores are divided by, where their sum is less.
+    """
+    return {
+        **softmax_routing(topk, normalised=False),
+        "moe_router_dtype": "fp32",
+        "routing": "biased_softmax",
+        "routing_eps": float(least_sum),
+    }
+
+
+def sigmoid_of_chosen(topk: int, *, normalised: bool) -> dict[str, Any]:
+    """Provider fields of the `topk` largest logits' sigmoids, normalised to sum to one or not."""
+    if normalised == (topk > 1):
+        return {"moe_router_score_function": "sigmoid", "moe_router_topk": topk}
+    if normalised:
+        raise BridgeError("routing: one expert per token with normalised weights gives every expert the weight 1")
+    return {**softmax_routing(topk, normalised=False), "routing": "sigmoid"}
+
+
 def balancing(coefficient: float | None) -> dict[str, Any]:
     """Provider fields of the load-balancing loss, which acts in training only; None or 0 for none."""
     return {

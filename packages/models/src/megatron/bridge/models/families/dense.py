@@ -89,6 +89,10 @@ class DenseBridge(MegatronModelBridge):
         return GPTModelProvider
 
     def provider_bridge(self) -> "GPTModelProvider":
+        return self.provider_class()(**self.provider_fields())
+
+    def provider_fields(self) -> dict[str, Any]:
+        """All that the provider is made with."""
         config = self.hf_config
         fields: dict[str, Any] = {
             "attention_dropout": 0.0,
@@ -109,7 +113,7 @@ class DenseBridge(MegatronModelBridge):
             "add_mlp_bias": self.mlp_bias(),
             "qk_layernorm": self.qk_norm(),
         }
-        return self.provider_class()(**{**fields, **self.differences()})
+        return {**fields, **self.differences()}
 
     def mapping_registry(self) -> WeightTable:
         config, names, differences = self.hf_config, self.names, self.differences()
@@ -167,6 +171,24 @@ class DenseBridge(MegatronModelBridge):
     def ignored(self) -> tuple[str, ...]:
         """Hugging Face weights that carry nothing: frequencies that transformers stored before 4.32."""
         return (f"{self.names.layer}.self_attn.rotary_emb.inv_freq",)
+
+
+def refuse_other_values(config: Any, only: Mapping[str, Any]) -> None:
+    """Refuse a configuration that asks for what its family cannot express here.
+
+    Args:
+        config: the model's configuration.
+        only: field -> the one value that is supported; fields that the configuration lacks are left alone.
+
+    Raises:
+        BridgeError: names each field with another value.
+    """
+    held = {name: getattr(config, name, value) for name, value in only.items()}
+    # What was a tuple comes back from JSON as a list.
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+    other = [f"{name}={held[name]!r}" for name, value in values.items() if value != only[name]]
+    if other:
+        raise BridgeError(f"config.json: {', '.join(other)}: not supported in {type(config).__name__}")
 
 
 def windows_by_layer_type(config: Any) -> Sequence[int | None]:

@@ -29,7 +29,7 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     if config.context_parallel_size > 1:
         raise BridgeError(
             f"the layer spec 'local' cannot do context_parallel_size={config.context_parallel_size}; use "
-            "layer_spec='transformer_engine', or set context_parallel_size=1"
+            "layer_spec='torch', or set context_parallel_size=1"
         )
     block = stock_block(config, vp_stage, engine=False)
     if config.normalization == "RMSNorm":
