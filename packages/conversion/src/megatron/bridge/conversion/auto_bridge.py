@@ -47,6 +47,8 @@ class AutoBridge:
         # Values in which `hf_config` differs from the source's own file.
         self.changes = dict(changes or {})
         self.model_bridge: MegatronModelBridge = _model_bridge(hf_config)
+        if source is not None and not self.changes:
+            self.model_bridge.weight_names = lambda: source.weight_names
 
     def __repr__(self) -> str:
         return f"AutoBridge({reader.architecture(self.hf_config)}, source={self.source})"
