@@ -47,6 +47,8 @@ class AutoBridge:
         # Values in which `hf_config` differs from the source's own file.
         self.changes = dict(changes or {})
         self.model_bridge: MegatronModelBridge = _model_bridge(hf_config)
+        if source is not None and not self.changes:
+            self.model_bridge.weight_names = lambda: source.weight_names
 
     def __repr__(self) -> str:
         return f"AutoBridge({reader.architecture(self.hf_config)}, source={self.source})"
@@ -358,6 +360,7 @@ class AutoBridge:
         dtype: "DtypePolicy" = None,
         distributed_save: bool = True,
         max_shard_bytes: float = 5e9,
+        quantization: str | None = None,
     ) -> Path:
         """Write a complete Hugging Face folder: weights, configuration, tokenizer, templates, code. Collective.
 
@@ -371,6 +374,8 @@ class AutoBridge:
             dtype: as in `get_conversion_tasks`.
             distributed_save: every rank writes its share of the files; False leaves all to rank 0.
             max_shard_bytes: size of one weight file.
+            quantization: "fp8-block" writes the linear layers in float8 with a scale per 128 x 128 block, as DeepSeek
+                publishes; None writes full precision, whatever the source held.
 
         Raises:
             BridgeError: the target exists or cannot be written, or the model does not match the table.
@@ -387,6 +392,7 @@ class AutoBridge:
             dtype=dtype,
             distributed_save=distributed_save,
             max_shard_bytes=max_shard_bytes,
+            quantization=quantization,
         )
 
     def save_hf_weights(self, model: "Model", path: str | Path, **options: Any) -> Path:
@@ -448,6 +454,7 @@ class AutoBridge:
         *,
         overwrite: bool = False,
         show_progress: bool = False,
+        quantization: str | None = None,
         **layout: Any,
     ) -> Path:
         """Convert a Megatron checkpoint to a complete Hugging Face folder. Collective.
@@ -455,10 +462,13 @@ class AutoBridge:
         Args:
             megatron_path: a checkpoint folder, or the root that holds it.
             hf_path: the folder to make.
+            quantization: as in `save_hf_pretrained`.
             layout: provider fields to convert with.
         """
         model = self.load_megatron_model(megatron_path, **layout)
-        return self.save_hf_pretrained(model, hf_path, overwrite=overwrite, show_progress=show_progress)
+        return self.save_hf_pretrained(
+            model, hf_path, overwrite=overwrite, show_progress=show_progress, quantization=quantization
+        )
 
 
 def _set_fields(provider: Any, values: Mapping[str, Any]) -> None:

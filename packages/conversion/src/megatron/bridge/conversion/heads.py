@@ -126,6 +126,8 @@ class HeadedBridge(MegatronModelBridge):
         # Whether the bridge's own folder is the causal language model's, which has no such head.
         self.is_new = False
         self.family = MODEL_BRIDGES[head.decoder](hf_config)
+        # Whatever the configuration says, no prediction layers come with such a head.
+        self.family.weight_names = frozenset
         shared = {key: value for key, value in self.family.shared_fields.items() if key not in _OF_THE_VOCABULARY}
         self.shared_fields = {**shared, "num_labels": "num_labels"}  # type: ignore[misc]
 
