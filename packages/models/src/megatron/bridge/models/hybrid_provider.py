@@ -62,6 +62,8 @@ class HybridModelProvider(GPTModelProvider):
                     problems.append(f"tensor_model_parallel_size={size} does not divide {field}={value}")
         if self.layer_spec not in (None, "torch"):
             problems.append(f"layer_spec={self.layer_spec!r}: hybrid models are built of 'torch' modules; use that")
+        if self.num_labels is not None:
+            problems.append(f"num_labels={self.num_labels}: hybrid models have no classification heads; set it to None")
         if not is_plain(self):
             problems.append("hybrid models have Megatron-Core's own blocks; leave the fields of BlockVariant alone")
         return problems
