@@ -143,6 +143,8 @@ def _layer(
 ) -> TransformerLayerSubmodules:
     if layer.input_layernorm is IdentityOp and (variant.parallel_block or not variant.pre_norm):
         raise _needs_torch("a parallel block, or no norms before attention and MLP; norms are part of the projections")
+    if layer.input_layernorm is IdentityOp and variant.mamba_beside_attention is not None:
+        raise _needs_torch("a Mamba mixer that reads attention's norm; norms are part of the projections")
     norms = [_norm(norm, variant) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     if not variant.pre_norm:
         norms = [IdentityOp, IdentityOp]
