@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 type _Places = list[dict[str, int]]
 
 _DECODER = "decoder.layers."
-_FUSED_NORM = re.compile(r"(.*)\.layer_norm_(?:weight|bias)")
+# Before the linear layer, or behind it.
+_FUSED_NORM = re.compile(r"(.*\.linear_\w+)\.(?:layer_norm_|post_layernorm\.)(?:weight|bias)")
 
 
 def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
