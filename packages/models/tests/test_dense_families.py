@@ -45,6 +45,7 @@ CASES = {
     "arcee-biases": ("arcee", HEAD_16 | {"attention_bias": True, "mlp_bias": True}),
     "apertus": ("apertus", {}),
     "granite": ("granite", MULTIPLIERS | {"logits_scaling": 2.0}),
+    "granite_swa": ("granite_swa", MULTIPLIERS | MIXED | {"layer_rope_theta": [0, 100.0, 1e4, 0]}),
     "hyperclovax": ("hyperclovax", HEAD_16 | MULTIPLIERS | {"logits_scaling": 0.5}),
     "helium": ("helium", HEAD_16),
     "ernie4_5-biases": ("ernie4_5", HEAD_16 | {"use_bias": True}),
@@ -139,7 +140,7 @@ def test_every_architecture_is_offered_under_its_own_name(cases):
     offered = AutoBridge.list_supported_models()
     stated = {AutoBridge.from_hf_pretrained(case.folder).hf_config.architectures[0] for case in cases.values()}
     assert stated <= set(offered)
-    assert len(stated) == 45
+    assert len(stated) == 46
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             raise BridgeError("the model cannot be built as configured:\n  " + "\n  ".join(problems))
         values = {f.name: getattr(self, f.name) for f in fields(self.config_class) if f.init}
         if values["pipeline_dtype"] is None:
-            values["pipeline_dtype"] = self.params_dtype
+            values["pipeline_dtype"] = torch.float32 if self.fp32_residual_connection else self.params_dtype
         if self.virtual_pipeline_model_parallel_size is not None:
             # As Megatron-LM sets them: batched messages between two stages mix up the micro-batches of virtual stages.
             values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
