@@ -59,6 +59,10 @@ class MegatronModelBridge(ABC):
             raise BridgeError(f"the configuration ({type(self.hf_config).__name__}) lacks {', '.join(absent)}")
         return {field: getattr(self.hf_config, name) for field, name in self.shared_fields.items()}
 
+    def settled_changes(self) -> dict[str, Any]:
+        """Configuration values that the source's files settle otherwise than the configuration states them."""
+        return {}
+
     def further_changes(self, config: "TransformerConfig") -> dict[str, Any]:
         """Configuration values, beside the shared fields, in which a model that was built with `config` differs."""
         return {}
