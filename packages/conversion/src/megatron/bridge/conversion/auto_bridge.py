@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.conversion import hf_config as reader
 from megatron.bridge.conversion.foreign import refuse_foreign_bridge
 from megatron.bridge.conversion.hf import HFSource
+from megatron.bridge.conversion.hf.names import holds_weights
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
 from megatron.bridge.errors import BridgeError, did_you_mean
 from megatron.bridge.registry import UnknownPlugin
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from megatron.bridge.conversion.live import Model, Progress, WeightSource
     from megatron.bridge.conversion.plan import Plan
+    from megatron.bridge.conversion.table import WeightTable
 
 refuse_foreign_bridge()
 
@@ -156,7 +158,7 @@ class AutoBridge:
         from megatron.bridge.conversion.live import load_weights
 
         source, what = self._weight_source(weights)
-        return load_weights(model, self.model_bridge.mapping_registry(), source, f"import of {what}", progress)
+        return load_weights(model, self.weight_table(source.shapes), source, f"import of {what}", progress)
 
     def _weight_source(self, weights: Any) -> "tuple[WeightSource, str]":
         from megatron.bridge.conversion.live import TensorsInMemory
@@ -173,11 +175,23 @@ class AutoBridge:
 
     # --- out of Megatron
 
+    def weight_table(self, names: "Iterable[str] | None" = None) -> "WeightTable":
+        """The family's table, with Hugging Face names as `names` (of weights) spell them; None takes the source's."""
+        table = self.model_bridge.mapping_registry()
+        if not table.spellings:
+            return table
+        return table.spelled(self._source_names() if names is None else names)
+
+    def _source_names(self) -> "Iterable[str]":
+        if self.source is None or not any(map(holds_weights, self.source.folder.iterdir())):
+            return ()
+        return self.source.weights
+
     def get_conversion_tasks(self, model: "Model") -> "Plan":
         """The export plan of a model: what becomes what, with shapes. Collective; reusable for as long as it lives."""
         from megatron.bridge.conversion.live import Exporter
 
-        return Exporter(model, self.describing(model).model_bridge.mapping_registry()).plan
+        return Exporter(model, self.describing(model).weight_table()).plan
 
     def describing(self, model: "Model") -> "AutoBridge":
         """This bridge with the configuration of `model`, which may have changed since: fewer layers, more tokens."""
@@ -213,7 +227,7 @@ class AutoBridge:
         from megatron.bridge.conversion.live import Exporter
         from megatron.bridge.conversion.progress import tracked
 
-        exporter = Exporter(model, self.describing(model).model_bridge.mapping_registry())
+        exporter = Exporter(model, self.describing(model).weight_table())
         total = len(exporter.plan.hf_shapes)
         for name, tensor in tracked(exporter.weights(dtype), total, "export", shown=show_progress):
             yield name, tensor.cpu() if cpu else tensor

@@ -1,7 +1,7 @@
 """`MegatronModelBridge`: what a model family says about itself, and where families are found."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightTable
@@ -9,6 +9,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 
@@ -23,7 +24,8 @@ class MegatronModelBridge(ABC):
         hf_config: the model's configuration.
     """
 
-    # Megatron provider field <- Hugging Face field with the same value; read in both directions.
+    # Megatron provider field <- Hugging Face field with the same value; read in both directions. Dots lead into
+    # configurations within the configuration.
     shared_fields: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, hf_config: "PretrainedConfig") -> None:
@@ -51,6 +53,18 @@ class MegatronModelBridge(ABC):
         if absent:
             raise BridgeError(f"the configuration ({type(self.hf_config).__name__}) lacks {', '.join(absent)}")
         return {field: getattr(self.hf_config, name) for field, name in self.shared_fields.items()}
+
+    def probe_images(self, count: int, generator: "torch.Generator") -> "Mapping[str, torch.Tensor]":
+        """So many random images as the model takes them for one row of tokens; empty for a model that sees none."""
+        return {}
+
+    def special_tokens(self) -> Sequence[int]:
+        """Token ids that stand for something else than text: an image's first of all."""
+        return ()
+
+    def token_types(self, tokens: "torch.Tensor") -> "Mapping[str, torch.Tensor]":
+        """What transformers' model wants to be told about the kinds of these tokens [batch, sequence]."""
+        return {}
 
     @staticmethod
     def register_bridge(

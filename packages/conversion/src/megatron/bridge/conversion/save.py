@@ -29,7 +29,7 @@ def save_hf_folder(
     max_shard_bytes: float = 5e9,
 ) -> Path:
     """See `AutoBridge.save_hf_pretrained`. Collective."""
-    exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}")
+    exporter = Exporter(model, bridge.weight_table(), f"export to {path}")
     dtypes = exporter.dtypes(dtype)
     tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}
     writer = _open_together(path, tensors, max_shard_bytes, overwrite)

@@ -66,26 +66,16 @@ class Certificate:
             )
 
 
-def reference_logits(folder: Path, input_ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def reference_model(bridge: AutoBridge, folder: Path, dtype: "torch.dtype") -> Any:
+    """transformers' own model of a folder, on this process's device."""
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
+    from megatron.bridge.conversion.reference import model_class
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids.to(platform.device())).logits
-    return logits.float()
-
-
-def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":
-    """Token ids [batch, sequence] that are the same on every rank and in every run."""
-    import torch
-
-    return torch.randint(0, vocab_size, (batch, sequence), generator=torch.Generator().manual_seed(20))
+    build = model_class(bridge.hf_config)
+    return build.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
 
 
 def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
@@ -113,6 +103,8 @@ def verify(
     """
     from megatron.bridge import platform
     from megatron.bridge.conversion.logits import megatron_logits
+    from megatron.bridge.conversion.probes import probe
+    from megatron.bridge.conversion.reference import logits_of
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     if model is None:
@@ -122,9 +114,11 @@ def verify(
         else:
             model = bridge.load_megatron_model(megatron_path, **options)
     compared, differing, dtype = _compare_weights(bridge, model)
-    tokens = probe_tokens(bridge.hf_config.vocab_size).to(platform.device())
-    ours = megatron_logits(model, tokens)[..., : bridge.hf_config.vocab_size]
-    difference = relative_difference(ours, reference_logits(folder, tokens, dtype))
+    reference = reference_model(bridge, folder, dtype)
+    given = probe(bridge.model_bridge, reference).to(platform.device())
+    expected = logits_of(reference, given)
+    ours = megatron_logits(model, given.tokens, given.inputs)[..., : expected.shape[-1]]
+    difference = relative_difference(ours, expected)
     name = str(dtype).removeprefix("torch.")
     return Certificate(
         model=str(folder),
@@ -151,7 +145,7 @@ def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str
         dtype = tensor.dtype if tensor.is_floating_point() else dtype
         if name not in source or not torch.equal(source.read(name), tensor) or source[name].dtype != tensor.dtype:
             differing.append(name)
-    table = bridge.model_bridge.mapping_registry()
+    table = bridge.weight_table()
     tied = {tie.name for tie in table.tied}
     differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
     return len(seen), differing, dtype

@@ -48,6 +48,9 @@ class BlockVariant:
         logits_softcap: logits l become cap * tanh(l / cap).
         rotary_reversed: queries and keys turn the other way round.
         output_bias: bias of the output layer.
+        mrope_interleaved: time, height and width of `mrope` take turns along the channels.
+        block_attention: tokens of a block see each other in both directions; the attention mask gives each token's
+            block [batch, 1, 1, sequence], negative for those in none.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
 
@@ -71,6 +74,8 @@ class BlockVariant:
     logits_softcap: float | None = None
     rotary_reversed: bool = False
     output_bias: bool = False
+    mrope_interleaved: bool = False
+    block_attention: bool = False
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
 
@@ -98,7 +103,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
 def _is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
-    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed"}
+    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "mrope_interleaved"}
     fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
     return all(getattr(variant, field.name) == field.default for field in fields)
 
@@ -150,6 +155,8 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
         params["temperature"] = variant.query_temperature
     if variant.alibi_slopes is not None:
         params["slopes"] = tuple(variant.alibi_slopes)
+    if variant.block_attention:
+        params["blocks"] = True
     if variant.qk_norm_after_rope:
         params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from torch import Tensor, nn
 
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -65,6 +65,26 @@ def apply_layer_rope_parameters(
         layer.self_attention._yarn_concentration_factor = frequencies[layer.rope_kind].attention_factor
 
 
+def apply_multimodal_rope(
+    model: Any, rope_parameters: dict[str, Any], max_position_embeddings: int, *, interleaved: bool
+) -> None:
+    """Replace the frequencies of a model whose positions are in time, height and width.
+
+    Args:
+        model: a GPT model chunk with `position_embedding_type="mrope"`.
+        rope_parameters, max_position_embeddings: as for `apply_rope_parameters`.
+        interleaved: time, height and width take turns along the channels, instead of one section after another.
+    """
+    size, percent = model.config.kv_channels, model.rotary_percent
+    frequencies = _ScaledFrequencies(rope_parameters, max_position_embeddings, size, percent)
+    if frequencies.rope_type in _BY_LENGTH:
+        raise BridgeError(f"rope_type {frequencies.rope_type!r} does not go with positions in time, height and width")
+    model.rotary_pos_emb = _MultimodalRotaryEmbedding(model.rotary_pos_emb, frequencies, interleaved)
+    for module in model.modules():
+        if hasattr(module, "_yarn_concentration_factor"):
+            module._yarn_concentration_factor = frequencies.attention_factor
+
+
 def _plain_frequencies(config: Any, device: torch.device, seq_len: int | None = None) -> tuple[Tensor, float]:
     """RoPE as first described (arXiv:2104.09864)."""
     turned = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
@@ -118,6 +138,28 @@ class _ScaledRotaryEmbedding(RotaryEmbedding):
         if self._frequencies.rope_type in _BY_LENGTH:
             self.inv_freq = self._frequencies.for_length(max_seq_len)[0].to(self.inv_freq.device)
         return super().get_emb(max_seq_len, offset)
+
+
+class _MultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
+    """Megatron-Core's, over any frequencies, its sections side by side or interleaved."""
+
+    def __init__(self, plain: MultimodalRotaryEmbedding, frequencies: _ScaledFrequencies, interleaved: bool) -> None:
+        nn.Module.__init__(self)
+        self.rotary_interleaved, self.seq_len_interpolation_factor = plain.rotary_interleaved, None
+        self.cp_group = plain.cp_group
+        self.inv_freq = frequencies.for_length(None)[0].to(plain.inv_freq.device)
+        self.interleaved = interleaved
+
+    def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
+        """`[sequence, batch, 1, size]` of positions `[3, batch, sequence]`."""
+        if not self.interleaved:
+            return super().forward(position_ids, mrope_section, cp_group)
+        angles = position_ids[..., None].to(self.inv_freq) * self.inv_freq
+        mixed = angles[0].clone()
+        for axis in (1, 2):
+            turn = slice(axis, 3 * mrope_section[axis], 3)
+            mixed[..., turn] = angles[axis][..., turn]
+        return torch.cat((mixed, mixed), -1).transpose(0, 1)[:, :, None]
 
 
 class _RotaryEmbeddingByKind(RotaryEmbedding):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
 
@@ -17,6 +18,8 @@ class VariantAttention(SDPAttention):
         norm: builds a norm of each query's and key's channels.
         slopes: per head of the whole model; a score falls by slope * (positions between query and key), as ALiBi
             (arXiv:2108.12409).
+        blocks: the attention mask holds block numbers [batch, 1, 1, length]: tokens of one block (0 or above) see each
+            other in both directions, as far as the window reaches to the left.
         temperature: (beta, positions): queries at position p are multiplied by 1 + beta * log(1 + p // positions).
     """
 
@@ -27,10 +30,12 @@ class VariantAttention(SDPAttention):
         norm: Callable[..., nn.Module] | None = None,
         temperature: tuple[float, int] | None = None,
         slopes: Sequence[float] | None = None,
+        blocks: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.softcap, self.temperature, self.slopes = softcap, temperature, slopes
+        self.blocks = blocks
         if norm is not None:
             size, eps = self.config.kv_channels, self.config.layernorm_epsilon
             self.q_layernorm = norm(self.config, size, eps)
@@ -44,6 +49,18 @@ class VariantAttention(SDPAttention):
         if self.softcap is None and self.slopes is None:
             return super()._attend(query, key, value, hidden)
         return self._attend_by_scores(query, key, value, hidden)
+
+    def visible(self, queries: int, keys: int, hidden: Tensor | None, device: torch.device) -> Tensor | None:
+        """As `SDPAttention`'s, with blocks where there are any."""
+        if not self.blocks or hidden is None:
+            return super().visible(queries, keys, hidden, device)
+        if queries != keys:
+            raise BridgeError("blocks of tokens that see each other cannot be decoded from a cache of keys")
+        offset = torch.arange(keys, device=device) - torch.arange(keys, device=device)[:, None]
+        together = (hidden == hidden.transpose(2, 3)) & (hidden >= 0)
+        seen = (offset <= 0) | together
+        left = self.window[0] if self.window else None
+        return seen if left is None else seen & (offset >= -left)
 
     def _temperatures(self, queries: int, keys: int, like: Tensor) -> Tensor:
         """`[queries, 1]`, the last query standing at the last key."""
