@@ -152,14 +152,23 @@ class _MultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
 
     def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
         """`[sequence, batch, 1, size]` of positions `[3, batch, sequence]`."""
-        if not self.interleaved:
-            return super().forward(position_ids, mrope_section, cp_group)
         angles = position_ids[..., None].to(self.inv_freq) * self.inv_freq
-        mixed = angles[0].clone()
-        for axis in (1, 2):
-            turn = slice(axis, 3 * mrope_section[axis], 3)
-            mixed[..., turn] = angles[axis][..., turn]
-        return torch.cat((mixed, mixed), -1).transpose(0, 1)[:, :, None]
+        mixed = (_taking_turns if self.interleaved else _in_sections)(angles, mrope_section)
+        # Channels that turn together stand next to each other, or half a head apart.
+        both = mixed.repeat_interleave(2, -1) if self.rotary_interleaved else torch.cat((mixed, mixed), -1)
+        return both.transpose(0, 1)[:, :, None]
+
+
+def _taking_turns(angles: Tensor, sections: list[int]) -> Tensor:
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        turn = slice(axis, 3 * sections[axis], 3)
+        mixed[..., turn] = angles[axis][..., turn]
+    return mixed
+
+
+def _in_sections(angles: Tensor, sections: list[int]) -> Tensor:
+    return torch.cat([part[index % 3] for index, part in enumerate(angles.split(sections, -1))], -1)
 
 
 class _RotaryEmbeddingByKind(RotaryEmbedding):

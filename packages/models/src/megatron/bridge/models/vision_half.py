@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,7 @@ class Vision:
             types.masked_fill_(tokens == self.token_id(modality), modality.token_type)
         return types
 
+    @cached_property
     def model_class(self) -> Any:
         """transformers' class of the model without its output layer."""
         from transformers import MODEL_MAPPING
@@ -75,18 +77,24 @@ class Vision:
 
     def input_names(self, modality: Modality) -> list[str]:
         """What the modality's features are made from, as transformers calls it."""
-        parameters = inspect.signature(getattr(self.model_class(), modality.method)).parameters.values()
+        parameters = inspect.signature(getattr(self.model_class, modality.method)).parameters.values()
         return [each.name for each in parameters if each.name != "self" and each.kind is not each.VAR_KEYWORD]
+
+    @cached_property
+    def position_inputs(self) -> frozenset[str]:
+        """What positions are worked out from besides the tokens, as transformers calls it."""
+        if not self.grid_positions:
+            return frozenset()
+        return frozenset(inspect.signature(self.model_class.get_rope_index).parameters) - {"self", "input_ids"}
 
     def grids(self, tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Positions [3, batch, sequence] in time, height and width, as transformers counts them."""
-        build = self.model_class()
+        build = self.model_class
         # Positions depend on the configuration only, and later pipeline stages have no tower.
         shell = build.__new__(build)
         nn.Module.__init__(shell)
         shell.config = self.hf_config
-        accepted = inspect.signature(build.get_rope_index).parameters
-        sizes = {name: value for name, value in inputs.items() if name in accepted}
+        sizes = {name: value for name, value in inputs.items() if name in self.position_inputs}
         positions: Tensor = shell.get_rope_index(tokens, **{**sizes, "mm_token_type_ids": self.token_types(tokens)})[0]
         return positions
 
@@ -110,7 +118,7 @@ def build_tower(vision: Vision, dtype: torch.dtype, *, initialized: bool) -> Any
         text.layer_types = []
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 1, None
     with contextlib.nullcontext() if initialized else no_init_weights():
-        model = vision.model_class()._from_config(config, dtype=dtype)
+        model = vision.model_class._from_config(config, dtype=dtype)
     delattr(model, vision.language)
     return model
 
@@ -147,6 +155,6 @@ def features(tower: Any, vision: Vision, inputs: Mapping[str, Any]) -> list[Feat
             stacked = [torch.cat(tuple(layer)) for layer in getattr(output, "deepstack_features", None) or ()]
             found.append(Features(modality, tuple(output.pooler_output), stacked))
     known = [name for modality in vision.modalities for name in vision.input_names(modality)]
-    for name in left:
+    for name in left.keys() - vision.position_inputs:
         raise BridgeError(f"the model takes no input {name!r}{did_you_mean(name, known)} (besides tokens: {known})")
     return found

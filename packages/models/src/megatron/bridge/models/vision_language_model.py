@@ -88,6 +88,8 @@ class VisionLanguageModel(MegatronModule):
         if self.seen.grid_positions and position_ids.dim() == 2:
             position_ids = self._grid_positions(input_ids, position_ids, inputs)
         if self.seen.image_blocks:
+            if attention_mask is not None:
+                raise BridgeError("this model makes its own attention mask from the image tokens; pass None")
             attention_mask = _blocks(input_ids == self.seen.token_id(self.seen.modalities[0]))
         output: Tensor = self.language_model(input_ids, position_ids, attention_mask, **own)
         return output
@@ -127,13 +129,13 @@ class VisionLanguageModel(MegatronModule):
         for each in found:
             places = types == each.modality.token_type
             rows = rows.masked_scatter(places[..., None], torch.cat(tuple(each.images)).to(rows.dtype))
-        if not found and self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled():
             rows = rows + self._nothing().to(rows.dtype)
         self._added = [self._scattered(layer) for layer in self._deepstack(found, types, rows)]
         return self._scattered(rows.transpose(0, 1))
 
     def _nothing(self) -> Tensor:
-        """Zero, made of every weight of the tower, whose gradients data-parallel ranks with images wait for."""
+        """Zero, made of every weight of the tower: overlapped gradient reduction waits for all, used or not."""
         firsts = [parameter.reshape(-1)[0] for parameter in self.vision.parameters() if parameter.requires_grad]
         return torch.stack(firsts).sum() * 0 if firsts else torch.zeros(())
 

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -28,6 +29,19 @@ class VisionLanguageProvider(GPTModelProvider):
         values = {field.name: getattr(language, field.name) for field in dataclasses.fields(language) if field.init}
         values |= {"vision": vision, "scatter_embedding_sequence_parallel": False, **changes}
         return cls(**values)
+
+    def transformer_config(self) -> TransformerConfig:
+        """As `GPTModelProvider.transformer_config`.
+
+        Raises:
+            BridgeError: a parallel layout that has no place for images, besides.
+        """
+        if self.context_parallel_size > 1:
+            raise BridgeError(
+                f"context_parallel_size={self.context_parallel_size}: images are put among the embeddings of whole "
+                "sequences; set it to 1 and divide the work by tensor and pipeline parallelism"
+            )
+        return super().transformer_config()
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

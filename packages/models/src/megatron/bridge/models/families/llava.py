@@ -31,3 +31,7 @@ class LlavaNextBridge(VisionLanguageBridge):
         sizes = torch.tensor([size] * count)
         pixels = torch.randn(count, tiles, channels, height, width, generator=generator)
         return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+class LlavaOnevisionBridge(LlavaNextBridge):
+    """`LlavaOnevisionForConditionalGeneration`: images; videos are not offered."""

@@ -1,5 +1,6 @@
 """Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923) and Qwen3-VL (arXiv:2511.21631)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,8 +62,6 @@ class Qwen3VLBridge(Qwen2VLBridge):
     interleaved = True
 
     def vision(self) -> "Vision":
-        import dataclasses
-
         return dataclasses.replace(
             super().vision(), deepstack=len(self.hf_config.vision_config.deepstack_visual_indexes)
         )

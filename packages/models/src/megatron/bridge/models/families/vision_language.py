@@ -64,14 +64,19 @@ class VisionLanguageBridge(MegatronModelBridge):
 
     def __init__(self, hf_config: "PretrainedConfig") -> None:
         super().__init__(hf_config)
-        text = copy.deepcopy(hf_config.text_config)
-        # transformers ties what the whole model's configuration says, whatever the text's does.
-        text.tie_word_embeddings = hf_config.tie_word_embeddings
+        text = self.text_config()
         self.language = MODEL_BRIDGES[self.language_architecture or _causal_architecture(text)](text)
         self.shared_fields = {  # type: ignore[misc]
             field: name if name == "tie_word_embeddings" else f"text_config.{name}"
             for field, name in self.language.shared_fields.items()
         }
+
+    def text_config(self) -> "PretrainedConfig":
+        """The language model's configuration, as its family reads it."""
+        text = copy.deepcopy(self.hf_config.text_config)
+        # transformers ties what the whole model's configuration says, whatever the text's does.
+        text.tie_word_embeddings = self.hf_config.tie_word_embeddings
+        return text
 
     def shared_values(self) -> dict[str, Any]:
         return self.language.shared_values()
