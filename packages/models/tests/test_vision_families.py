@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.logits import megatron_logits
+from megatron.bridge.conversion.offline import export_checkpoint, import_checkpoint
 from megatron.bridge.conversion.verify import relative_difference, verify
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, random_model, run_ranks
@@ -328,6 +329,43 @@ def test_a_folder_with_its_processor_survives_a_megatron_checkpoint(cases, tmp_p
     with torch.no_grad():
         logits = model(case.tokens[:1], **case.inputs[0]).logits
     assert torch.equal(logits, case.logits[:1])
+
+
+def load_and_compare(cases, root):
+    found = {}
+    for name, case in cases.items():
+        bridge = AutoBridge.from_megatron_checkpoint(root / name)
+        model = bridge.load_megatron_model(root / name, **{TP: 2}, layer_spec="torch")
+        expect_same_weights(case, bridge.export_hf_weights(model))
+        found[name] = relative_difference(megatron_logits(model, case.tokens, case.inputs)[..., :131], case.logits)
+    return found
+
+
+def test_offline_conversion_in_both_directions(cases, tmp_path):
+    chosen = {name: cases[name] for name in ("llava_next", "qwen3_vl", "gemma3")}
+    for name, case in chosen.items():
+        import_checkpoint(case.folder, tmp_path / name)
+        export_checkpoint(tmp_path / name, tmp_path / f"{name}-hf")
+        expect_same_weights(case, iter(load_file(tmp_path / f"{name}-hf/model.safetensors").items()))
+    assert max(run_ranks(2, load_and_compare, chosen, tmp_path)[0].values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("vision_config", "num_hidden_layers", 4, r"vision_tower.encoder.layers.3.* is missing"),
+        ("vision_config", "num_hidden_layers", 2, r"layers.2.*: the configuration's has no such weight"),
+        ("vision_config", "intermediate_size", 40, r"fc1.weight \[48, 32\] .*: the configuration's is \[40, 32\]"),
+        ("text_config", "num_hidden_layers", 5, r"layers without weights: \[4\]"),
+    ],
+)
+def test_a_tower_of_another_configuration_is_refused_offline(cases, tmp_path, part, field, value, message):
+    config = json.loads((cases["llava"].folder / "config.json").read_text())
+    config[part][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(cases["llava"].folder / "model.safetensors", tmp_path)
+    with pytest.raises(BridgeError, match=message):
+        import_checkpoint(tmp_path, tmp_path / "megatron")
 
 
 def test_bf16_towers_compute_their_frequencies_in_fp32(cases, tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.transforms import Shape
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import Registry
 
@@ -53,6 +54,13 @@ class MegatronModelBridge(ABC):
         if absent:
             raise BridgeError(f"the configuration ({type(self.hf_config).__name__}) lacks {', '.join(absent)}")
         return {field: getattr(self.hf_config, name) for field, name in self.shared_fields.items()}
+
+    # What the Megatron names of the language model begin with, where it is part of a larger one.
+    language_prefix: ClassVar[str] = ""
+
+    def tree_shapes(self) -> Mapping[str, Shape]:
+        """Megatron names and shapes of what the table has whole sub-trees of."""
+        return {}
 
     def probe_images(self, count: int, generator: "torch.Generator") -> "Mapping[str, torch.Tensor]":
         """So many random images as the model takes them for one row of tokens; empty for a model that sees none."""

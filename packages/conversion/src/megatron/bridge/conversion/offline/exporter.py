@@ -36,7 +36,7 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
     Raises:
         BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
     """
-    table, what = bridge.model_bridge.mapping_registry(), f"export of {path}"
+    table, what = bridge.weight_table(), f"export of {path}"
     weights = MegatronWeights(path, table)
     plan = export_plan(table, weights.shapes, what)
     refuse_other_model(plan, bridge.model_bridge, what)

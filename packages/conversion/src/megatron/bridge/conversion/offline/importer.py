@@ -53,9 +53,9 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     """
     if bridge.source is None:
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
-    table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
+    table, what = bridge.weight_table(), f"import of {bridge.source.path_or_id}"
     shapes = {name: info.shape for name, info in bridge.source.weights.items()}
-    plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
+    plan = import_plan(table, shapes, megatron_shapes(table.grown(shapes), shapes, vocab_multiple, what), what)
     refuse_other_model(plan, bridge.model_bridge, what)
     return plan
 
@@ -150,7 +150,8 @@ def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int
     for item in plan:
         stored = held[item.hf[0]].dtype
         chunks += chunks_of(item, found[item.megatron], dtype if stored.is_floating_point else stored)
-    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
+    of_core = (found[item.megatron] for item in plan if item.rule.tree is None)
+    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(of_core))
     return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
 
 

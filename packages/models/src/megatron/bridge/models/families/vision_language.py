@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from megatron.bridge.conversion.transforms import Shape
     from megatron.bridge.models.vision_half import Vision
     from megatron.bridge.models.vision_language_provider import VisionLanguageProvider
 
@@ -32,6 +33,7 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
 
 
+_VISION = "vision."
 _INNER = ("vision_tower.", "multi_modal_projector.", "image_newline")
 # Files of Llava's relatives, those that transformers 5 writes today among them.
 BESIDE = Layout(
@@ -56,6 +58,7 @@ class VisionLanguageBridge(MegatronModelBridge):
     `language_architecture`.
     """
 
+    language_prefix = "language_model."
     language_architecture: ClassVar[str | None] = None
     layout: ClassVar[Layout] = BESIDE
     # Modules, and single weights, beside the language model.
@@ -99,10 +102,10 @@ class VisionLanguageBridge(MegatronModelBridge):
         return VisionLanguageProvider.of(self.language.provider_bridge(), self.vision(), **fields)
 
     def mapping_registry(self) -> WeightTable:
-        language = self.language.mapping_registry().under("language_model.", self.layout.language)
+        language = self.language.mapping_registry().under(self.language_prefix, self.layout.language)
         names = [f"{module}.**" for module in self.vision_modules] + list(self.vision_weights)
         return WeightTable.of(
-            [WeightRule(f"vision.{name}", f"{self.layout.vision}{name}") for name in names],
+            [WeightRule(f"{_VISION}{name}", f"{self.layout.vision}{name}") for name in names],
             language.rules,
             tied=language.tied,
             ignored=(*language.ignored, *self.ignored()),
@@ -112,6 +115,16 @@ class VisionLanguageBridge(MegatronModelBridge):
     def ignored(self) -> tuple[str, ...]:
         """Hugging Face weights that carry nothing: positions that transformers stored before 4.31."""
         return ("vision_tower.embeddings.position_ids",)
+
+    def tree_shapes(self) -> "Mapping[str, Shape]":
+        import torch
+
+        from megatron.bridge.models.vision_half import build_tower
+
+        with torch.device("meta"):
+            tower = build_tower(self.vision(), torch.float32, initialized=False)
+        shapes = {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+        return {f"{_VISION}{name}": shape for name, shape in shapes.items() if name not in self.vision_weights}
 
     # --- for comparisons
 
