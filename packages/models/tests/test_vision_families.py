@@ -248,11 +248,11 @@ def gradients(case, layout):
     return {name: value.grad for name, value in model.vision.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen3_vl", "gemma3"])
-def test_the_tower_is_trained_as_transformers_trains_it(cases, name):
+@pytest.mark.parametrize(("name", "sequence_parallel"), [("llava_next", True), ("qwen3_vl", True), ("gemma3", False)])
+def test_the_tower_is_trained_as_transformers_trains_it(cases, name, sequence_parallel):
     case = cases[name]
     expected = reference_gradients(CONFIGS[name], case)
-    ranks = run_ranks(2, gradients, case, {TP: 2, SP: True})
+    ranks = run_ranks(2, gradients, case, {TP: 2, SP: sequence_parallel})
     assert len(ranks[0]) > 30
     for key, gradient in ranks[0].items():
         # What transformers leaves without a gradient (layers behind the one that is looked at) has one of zero.
@@ -380,6 +380,22 @@ def test_bf16_towers_compute_their_frequencies_in_fp32(cases, tmp_path):
     kinds, certificate = run_ranks(1, check)[0]
     assert kinds == {torch.float32, torch.bfloat16}
     assert certificate["passed"]
+
+
+def test_configurations_without_a_part_for_the_text(cases, tmp_path):
+    """As transformers before version 5 wrote Qwen2.5-VL's."""
+    case = cases["qwen2_5_vl"]
+    values = json.loads((case.folder / "config.json").read_text())
+    text = values.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    shutil.copy(case.folder / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**text, **values}))
+    older = dataclasses.replace(case, folder=tmp_path)
+    assert compare([older], "single")[case.name] < 1e-5
+    changes = AutoBridge.from_hf_pretrained(tmp_path).config_json(**{"text_config.vocab_size": 140})
+    assert changes["vocab_size"] == 140
+    assert "text_config" not in changes
 
 
 def shortened(folder):

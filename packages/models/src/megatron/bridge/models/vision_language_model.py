@@ -83,6 +83,7 @@ class VisionLanguageModel(MegatronModule):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         self._check_token_types(input_ids, inputs)
         self._refuse_packing(own.get("packed_seq_params"))
+        self._added = []
         if self.pre_process and own.get("decoder_input") is None:
             own["decoder_input"] = self._embed(input_ids, position_ids, inputs)
         if self.seen.grid_positions and position_ids.dim() == 2:
