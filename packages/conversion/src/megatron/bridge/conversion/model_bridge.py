@@ -44,6 +44,10 @@ class MegatronModelBridge(ABC):
     def mapping_registry(self) -> WeightTable:
         """The weight table for this configuration: every weight of both sides, by rule."""
 
+    def moe_layers(self) -> Sequence[bool] | None:
+        """Per layer, whether its MLP is a mixture of experts; None where the family does not say."""
+        return None
+
     def shared_values(self) -> dict[str, Any]:
         """The provider fields that are copied from the configuration.
 

@@ -116,7 +116,7 @@ def verify(
     compared, differing, dtype = _compare_weights(bridge, model)
     reference = reference_model(bridge, folder, dtype)
     given = probe(bridge.model_bridge, reference).to(platform.device())
-    expected = logits_of(reference, given)
+    expected = logits_of(reference, given.tokens, given.inputs)
     ours = megatron_logits(model, given.tokens, given.inputs)[..., : expected.shape[-1]]
     difference = relative_difference(ours, expected)
     name = str(dtype).removeprefix("torch.")

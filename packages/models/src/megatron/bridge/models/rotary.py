@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -83,6 +84,26 @@ def apply_multimodal_rope(
     for module in model.modules():
         if hasattr(module, "_yarn_concentration_factor"):
             module._yarn_concentration_factor = frequencies.attention_factor
+
+
+def apply_latent_rope_parameters(model: Any, rope_parameters: dict[str, Any], max_position_embeddings: int) -> None:
+    """Give the multi-latent attention of every layer scaled frequencies, all layers the same.
+
+    Args:
+        model: a GPT model chunk whose config says `rope_type="yarn"`, so that cosine and sine come with a factor.
+        rope_parameters: as for `apply_rope_parameters`.
+        max_position_embeddings: positions the Hugging Face configuration states.
+
+    Raises:
+        BridgeError: as `apply_rope_parameters`.
+    """
+    size = model.config.qk_pos_emb_head_dim
+    frequencies = _ScaledFrequencies(rope_parameters, max_position_embeddings, size, 1.0)
+    rotary = None
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            rotary = rotary or _RotaryEmbeddingWithFactor(module.rotary_pos_emb, frequencies)
+            module.rotary_pos_emb = rotary
 
 
 def _plain_frequencies(config: Any, device: torch.device, seq_len: int | None = None) -> tuple[Tensor, float]:
@@ -169,6 +190,13 @@ def _taking_turns(angles: Tensor, sections: list[int]) -> Tensor:
 
 def _in_sections(angles: Tensor, sections: list[int]) -> Tensor:
     return torch.cat([part[index % 3] for index, part in enumerate(angles.split(sections, -1))], -1)
+
+
+class _RotaryEmbeddingWithFactor(_ScaledRotaryEmbedding):
+    """A scaled rotary embedding that gives the factor on cosine and sine too, as multi-latent attention expects it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        return super().forward(*args, **kwargs), self._frequencies.attention_factor
 
 
 class _RotaryEmbeddingByKind(RotaryEmbedding):

@@ -81,6 +81,9 @@ class VisionLanguageBridge(MegatronModelBridge):
         text.tie_word_embeddings = self.hf_config.tie_word_embeddings
         return text
 
+    def moe_layers(self) -> Sequence[bool] | None:
+        return self.language.moe_layers()
+
     def shared_values(self) -> dict[str, Any]:
         return self.language.shared_values()
 
