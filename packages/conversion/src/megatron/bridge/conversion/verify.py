@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.hf_config import read_config
 from megatron.bridge.conversion.live_weights import as_chunks
+from megatron.bridge.conversion.transforms import whole
+from megatron.bridge.conversion.weight_source import QUANTIZATION_KEYS, quantization_config
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     import torch
 
     from megatron.bridge.conversion.live import Model
+    from megatron.bridge.conversion.weight_source import StoredWeights
 
 # Largest |difference| / largest |reference| that counts as the same function, by parameter dtype. In fp32 it leaves
 # room for another order of summation; bf16 and fp16 have 8 and 11 bits.
@@ -28,6 +32,7 @@ class Certificate:
     """What was compared and what came out.
 
     `logit_difference` is max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
+    `low_bit` is how the folder's weights are quantised; both sides then had the weights that they stand for.
     """
 
     model: str
@@ -40,6 +45,7 @@ class Certificate:
     logit_difference: float
     logit_tolerance: float
     versions: Mapping[str, str] = field(default_factory=dict)
+    low_bit: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -66,16 +72,29 @@ class Certificate:
             )
 
 
-def reference_model(bridge: AutoBridge, folder: Path, dtype: "torch.dtype") -> Any:
-    """transformers' own model of a folder, on this process's device."""
+def reference_model(folder: Path, dtype: "torch.dtype", decoded: "Mapping[str, torch.Tensor] | None" = None) -> Any:
+    """transformers' own model of a folder, on this process's device.
+
+    Args:
+        folder: the model.
+        dtype: to compute in.
+        decoded: its weights in full precision, where the folder holds them in few bits: to read those, transformers
+            needs packages of its own for each format.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
     from megatron.bridge.conversion.reference import model_class
 
     disable_progress_bar()
-    build = model_class(bridge.hf_config)
-    return build.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
+    config = read_config(folder)
+    if decoded is None:
+        model = model_class(config).from_pretrained(str(folder), dtype=dtype)
+    else:
+        for name in QUANTIZATION_KEYS:
+            vars(config).pop(name, None)
+        model = model_class(config).from_pretrained(None, config=config, state_dict=dict(decoded), dtype=dtype)
+    return model.to(platform.device()).eval()
 
 
 def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
@@ -114,7 +133,8 @@ def verify(
         else:
             model = bridge.load_megatron_model(megatron_path, **options)
     compared, differing, dtype = _compare_weights(bridge, model)
-    reference = reference_model(bridge, folder, dtype)
+    quantization = quantization_config(bridge.source)  # type: ignore[arg-type]
+    reference = reference_model(folder, dtype, None if quantization is None else _decoded(bridge))
     given = probe(bridge.model_bridge, reference).to(platform.device())
     expected = logits_of(reference, given.tokens, given.inputs)
     ours = megatron_logits(model, given.tokens, given.inputs)[..., : expected.shape[-1]]
@@ -131,24 +151,36 @@ def verify(
         logit_difference=difference,
         logit_tolerance=LOGIT_TOLERANCE[name],
         versions=_versions(),
+        low_bit=None if quantization is None else str(quantization["quant_method"]),
     )
+
+
+def _decoded(bridge: AutoBridge) -> "dict[str, torch.Tensor]":
+    source = bridge.stored_weights
+    return {name: source.read(name, whole(shape)) for name, shape in source.shapes.items()}
 
 
 def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str], torch.dtype]":
     """(weights compared, those that differ or stand on one side only, dtype). Bitwise, dtype included."""
     import torch
 
-    source = bridge.source.weights  # type: ignore[union-attr]
+    source = bridge.stored_weights
     differing, seen, dtype = [], set(), torch.float32
     for name, tensor in bridge.export_hf_weights(model, cpu=True):
         seen.add(name)
         dtype = tensor.dtype if tensor.is_floating_point() else dtype
-        if name not in source or not torch.equal(source.read(name), tensor) or source[name].dtype != tensor.dtype:
+        if not _holds(source, name, tensor):
             differing.append(name)
     table = bridge.weight_table()
     tied = {tie.name for tie in table.tied}
-    differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
+    differing += [name for name in source.shapes if name not in seen and name not in tied and not table.ignores(name)]
     return len(seen), differing, dtype
+
+
+def _holds(source: "StoredWeights", name: str, tensor: "torch.Tensor") -> bool:
+    if source.dtypes.get(name) != tensor.dtype or source.shapes[name] != tuple(tensor.shape):
+        return False
+    return source.read(name, whole(source.shapes[name])).equal(tensor)
 
 
 def _versions() -> dict[str, str]:

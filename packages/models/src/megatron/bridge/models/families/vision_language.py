@@ -11,6 +11,7 @@ from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers import PretrainedConfig
 
     from megatron.bridge.conversion.transforms import Shape
@@ -83,6 +84,9 @@ class VisionLanguageBridge(MegatronModelBridge):
 
     def moe_layers(self) -> Sequence[bool] | None:
         return self.language.moe_layers()
+
+    def further_changes(self, config: "TransformerConfig") -> dict[str, Any]:
+        return {f"text_config.{name}": value for name, value in self.language.further_changes(config).items()}
 
     def shared_values(self) -> dict[str, Any]:
         return self.language.shared_values()
