@@ -38,7 +38,7 @@ def test_a_table_that_names_a_weight_otherwise_than_the_checkpoint_is_found(tmp_
     def renamed():
         bridge = AutoBridge.from_hf_pretrained(case.folder)
         model = bridge.to_megatron_model()
-        first, *others = bridge.get_conversion_tasks(model)
+        first, *others = bridge.get_conversion_tasks(model).plan.items
         other = dataclasses.replace(first, megatron="embedding.weight")
         return differences(Plan((first, *others)), model), differences(Plan((other, *others)), model)
 
