@@ -1,13 +1,16 @@
 """T5 and its relatives: transformers' logits with and without padding, losses, round trips, checkpoints."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
 from transformers import MT5Config, T5Config
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.conversion.offline import export_checkpoint, import_checkpoint
 from megatron.bridge.conversion.reference import logits_of, model_class
 from megatron.bridge.conversion.verify import relative_difference, verify
 from megatron.bridge.errors import BridgeError
@@ -149,6 +152,31 @@ def test_a_megatron_checkpoint_and_a_folder_that_transformers_loads(made, tmp_pa
     for key, value in model.state_dict().items():
         assert torch.equal(value, reference.state_dict()[key]), key
     assert torch.equal(logits_of(model, case.tokens), case.logits)
+
+
+def test_stacks_of_different_depths_go_offline(made, tmp_path):
+    case, _ = made["t5-1.1"]
+    import_checkpoint(case.folder, tmp_path / "megatron")
+    certificate = run_ranks(2, verified, case.folder, tmp_path / "megatron", TP2)[0]
+    assert certificate["passed"], certificate
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    exported = load_file(tmp_path / "hf/model.safetensors")
+    assert exported.keys() == case.weights.keys()
+    assert all(torch.equal(exported[name], case.weights[name]) for name in exported)
+
+
+def verified(folder, megatron, fields):
+    return verify(folder, megatron_path=megatron, **fields).to_json()
+
+
+def test_an_encoder_that_lacks_a_layer_is_refused_offline(made, tmp_path):
+    case, _ = made["t5"]
+    shutil.copytree(case.folder, tmp_path / "hf")
+    weights = {name: weight for name, weight in case.weights.items() if "encoder.block.1" not in name}
+    save_file(weights, tmp_path / "hf/model.safetensors")
+    with pytest.raises(BridgeError, match=r"encoder layers without weights: \[1\]"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
 
 
 def test_training_on_two_stages_is_refused():

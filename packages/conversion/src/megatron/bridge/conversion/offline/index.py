@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 type _Places = list[dict[str, int]]
 
 _DECODER = "decoder.layers."
+_ENCODER = "encoder.layers."
 # Before the linear layer, or behind it.
 _FUSED_NORM = re.compile(r"(.*\.linear_\w+)\.(?:layer_norm_|post_layernorm\.)(?:weight|bias)")
 
@@ -184,25 +185,34 @@ def _of_the_language_model(plan: Plan, prefix: str) -> Plan:
 
 def _layer_problems(plan: Plan, config: Mapping[str, Any]) -> list[str]:
     """Layers that are missing or too many, and weights that only some layers have."""
+    stacks = {_DECODER: ("layers", "num_layers"), _ENCODER: ("encoder layers", "encoder_num_layers")}
+    return [
+        problem
+        for stack, (named, field) in stacks.items()
+        for problem in _stack_problems(plan, stack, named, config.get(field))
+    ]
+
+
+def _stack_problems(plan: Plan, stack: str, named: str, depth: int | None) -> list[str]:
     rules: dict[str, WeightRule] = {}
     layers_of: dict[str, set[int]] = defaultdict(set)
     for item in plan:
-        if "l" in item.indices and item.rule.megatron.startswith(_DECODER):
+        if "l" in item.indices and item.rule.megatron.startswith(stack):
             rules[item.rule.megatron] = item.rule
             layers_of[item.rule.megatron].add(item.indices["l"])
     held = set().union(*layers_of.values())
-    wanted = set(range(config.get("num_layers", len(held))))
+    wanted = set(range(len(held) if depth is None else depth))
     problems = []
     if absent := sorted(wanted - held):
-        problems.append(f"layers without weights: {absent}")
+        problems.append(f"{named} without weights: {absent}")
     if extra := sorted(held - wanted):
-        problems.append(f"layers beyond the configuration's {len(wanted)}: {extra}")
+        problems.append(f"{named} beyond the configuration's {len(wanted)}: {extra}")
     for name, layers in layers_of.items():
         # Where layers are of several kinds, each layer that lacks this weight has another kind's in its place.
         others = set().union(*(other for other in layers_of.values() if not other & layers))
         if gap := sorted(wanted - layers - others - set(absent)):
             names = ", ".join(hf for layer in gap[:3] for hf in rules[name].hf_for({"l": layer, "e": 0}))
-            problems.append(f"layers {gap} lack {name}, made of {names}")
+            problems.append(f"{named} {gap} lack {name}, made of {names}")
     return problems
 
 

@@ -53,15 +53,14 @@ def places(plan: Plan) -> dict[str, Place]:
         PlanError: a weight has an index besides its layer and expert; how Megatron-Core stores those is not known here.
     """
     refuse_named_blocks(item.rule for item in plan)
-    layers = 1 + max((item.indices["l"] for item in plan if _stackable(item.rule)), default=-1)
     experts = _expert_counts(plan)
-    alike = _layers_alike(plan, layers)
+    depths = _depths_of_like_layers(plan)
     found = {}
     for item in plan:
         indices, key, axes = item.indices, item.rule.megatron, []
-        if _stackable(item.rule) and alike:
+        if _stackable(item.rule) and (depth := depths.get(_stack(item.rule))):
             key = key.replace(_LAYER_INDEX, _LAYERS)
-            axes.append((indices["l"], layers))
+            axes.append((indices["l"], depth))
         if _EXPERT_INDEX in key:
             key = key.replace(_EXPERT_INDEX, _STACKED_EXPERTS)
             axes.append((indices["e"], experts[item.rule.megatron, indices.get("l")]))
@@ -100,13 +99,23 @@ def _expert_counts(plan: Plan) -> dict[tuple[str, int | None], int]:
     return counts
 
 
-def _layers_alike(plan: Plan, layers: int) -> bool:
-    """Whether every layer has the same weights in the same shapes."""
-    held: dict[tuple[str, int | None], dict[int, Shape]] = defaultdict(dict)
+def _stack(rule: WeightRule) -> str:
+    """The stack of layers that a weight belongs to: `decoder`, or `encoder`."""
+    return rule.megatron.partition(_LAYER_INDEX)[0]
+
+
+def _depths_of_like_layers(plan: Plan) -> dict[str, int]:
+    """Stack -> layers, for the stacks in which every layer has the same weights in the same shapes."""
+    held: dict[str, dict[tuple[str, int | None], dict[int, Shape]]] = defaultdict(lambda: defaultdict(dict))
     for item in plan:
         if _stackable(item.rule):
-            held[item.rule.megatron, item.indices.get("e")][item.indices["l"]] = item.shape
-    return all(len(shapes) == layers and len(set(shapes.values())) == 1 for shapes in held.values())
+            held[_stack(item.rule)][item.rule.megatron, item.indices.get("e")][item.indices["l"]] = item.shape
+    depths = {stack: 1 + max(max(shapes) for shapes in weights.values()) for stack, weights in held.items()}
+    return {
+        stack: depths[stack]
+        for stack, weights in held.items()
+        if all(len(shapes) == depths[stack] and len(set(shapes.values())) == 1 for shapes in weights.values())
+    }
 
 
 def extra_state_keys(found: Iterable[Place]) -> list[str]:
