@@ -7,8 +7,9 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, _dequantize_fp8_weight
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from megatron.bridge import AutoBridge
@@ -206,6 +207,47 @@ def in_four_bits(folder, target):
         "config_groups": {"group_0": scheme.model_dump(mode="json")},
     }
     (target / "config.json").write_text(json.dumps(config))
+
+
+def in_mxfp4(folder, target):
+    """A copy of a GPT-OSS with random experts in MXFP4; returns its weights by transformers' own decoding."""
+    generator, stored, decoded = torch.Generator().manual_seed(5), {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = decoded[name] = weight
+            continue
+        experts, inner, outer = weight.shape
+        held = (experts, outer, inner // 32)
+        blocks = torch.randint(0, 256, (*held, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 124, held, dtype=torch.uint8, generator=generator)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        decoded[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    target.mkdir()
+    save_file(stored, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (target / "config.json").write_text(json.dumps(config))
+    return decoded
+
+
+def exported_and_certificate(folder, layout):
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    exported = {key: tensor.clone() for key, tensor in bridge.export_hf_weights(bridge.to_megatron_model(**layout))}
+    return exported, verify(folder, **layout)
+
+
+def test_gpt_oss_in_mxfp4_is_imported_as_the_values_it_stands_for(tmp_path):
+    config = GptOssConfig(
+        **{**SIZES, "hidden_size": 64}, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, head_dim=16
+    )
+    save_random_model(config, tmp_path / "full")
+    decoded = in_mxfp4(tmp_path / "full", tmp_path / "mxfp4")
+    exported, result = run_ranks(2, exported_and_certificate, tmp_path / "mxfp4", {EP: 2})[0]
+    assert exported.keys() == decoded.keys()
+    assert all(torch.equal(exported[key], decoded[key]) for key in decoded)
+    assert result.passed
+    assert (result.low_bit, result.weights_compared) == ("mxfp4", len(decoded))
+    assert result.logit_difference < 1e-5
 
 
 def logits_of(folder, layout):

@@ -13,6 +13,9 @@ from megatron.bridge.conversion.transforms import Shape
 if TYPE_CHECKING:
     import torch
 
+# Around this size an exchange takes longer than the latency that packing would save (gloo on one machine).
+_LARGE_BYTES = 4 * 2**20
+
 
 @dataclass(frozen=True)
 class ConversionTask:
@@ -117,14 +120,17 @@ def in_buckets(tasks: Iterable[ConversionTask], bucket_bytes: int) -> list[TaskB
 
 
 def in_batches(tasks: Sequence[ConversionTask], limit: int) -> list[list[ConversionTask]]:
-    """Neighbours that the same ranks hold, at most `limit` bytes together; a task that is larger stands alone."""
+    """Neighbours that the same ranks hold, at most `limit` bytes together.
+
+    A large weight stands alone: it costs more to pack than an exchange of its own does.
+    """
     batches: list[list[ConversionTask]] = []
     source, room = None, 0
     for task in tasks:
         holder, size = (task.pipeline_ranks[0], task.expert_rank), task.exchanged_bytes
-        if holder != source or size > room:
+        if holder != source or size > room or size > _LARGE_BYTES:
             batches.append([])
             source, room = holder, limit
         batches[-1].append(task)
-        room -= size
+        room = 0 if size > _LARGE_BYTES else room - size
     return batches
