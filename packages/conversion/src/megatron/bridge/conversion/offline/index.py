@@ -6,6 +6,7 @@ What a model would have refused (a layer too few, other sizes than the configura
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.names import skeleton
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 type _Places = list[dict[str, int]]
 
 _DECODER = "decoder.layers."
-_FUSED_NORM = re.compile(r"(.*)\.layer_norm_(?:weight|bias)")
+# Before the linear layer, or behind it.
+_FUSED_NORM = re.compile(r"(.*\.linear_\w+)\.(?:layer_norm_|post_layernorm\.)(?:weight|bias)")
 
 
 def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
@@ -136,7 +138,9 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
         PlanError: naming every weight kind that disagrees.
     """
     config = bridge.shared_values()
-    problems = _layer_problems(plan, config) + _expert_problems(plan, bridge.moe_layers(), config)
+    problems = _tree_problems(plan, bridge.tree_shapes())
+    plan = _of_the_language_model(plan, bridge.language_prefix)
+    problems += _layer_problems(plan, config) + _expert_problems(plan, bridge.moe_layers(), config)
     first: dict[str, PlanItem] = {}
     for item in plan:
         alike = first.setdefault(item.rule.megatron, item)
@@ -151,6 +155,31 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
             f"{what}: the configuration does not describe these weights, so nothing was converted\n  "
             + "\n  ".join(problems)
         )
+
+
+def _tree_problems(plan: Plan, wanted: Mapping[str, Shape]) -> list[str]:
+    """Weights of whole sub-trees that are missing, too many or of another size."""
+    held = {item.megatron: item for item in plan if item.rule.tree is not None}
+    problems = [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name not in held]
+    for name, item in held.items():
+        if wanted.get(name) != item.shape:
+            says = f"is {list(wanted[name])}" if name in wanted else "has no such weight"
+            problems.append(f"{name} {list(item.shape)} ({', '.join(item.hf)}): the configuration's {says}")
+    return problems
+
+
+def _of_the_language_model(plan: Plan, prefix: str) -> Plan:
+    """The plan's language model, by the names that it has by itself."""
+    items = [
+        replace(
+            item,
+            megatron=item.megatron.removeprefix(prefix),
+            rule=replace(item.rule, megatron=item.rule.megatron.removeprefix(prefix)),
+        )
+        for item in plan
+        if item.megatron.startswith(prefix)
+    ]
+    return replace(plan, items=tuple(items)) if prefix else plan
 
 
 def _layer_problems(plan: Plan, config: Mapping[str, Any]) -> list[str]:
