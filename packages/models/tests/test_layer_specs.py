@@ -287,7 +287,7 @@ def test_tensor_parallel_equals_one_rank(one_rank_gradients: dict[str, torch.Ten
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
-        ({"softmax_type": "learnable"}, "softmax_type"),
+        ({"softmax_type": "off-by-one"}, "softmax_type"),
         ({"apply_query_key_layer_scaling": True}, "apply_query_key_layer_scaling"),
         ({"persist_layer_norm": True}, "persist_layer_norm"),
     ],
