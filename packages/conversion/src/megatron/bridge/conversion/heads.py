@@ -23,6 +23,8 @@ _OF_PARTS = "ForConditionalGeneration"
 # Families whose token classifiers are older than transformers' shared one; their head has a bias in any case.
 _WITH_CLASSIFIER = ("Bloom", "BioGpt", "Falcon", "GPT2", "GPTBigCode", "GPTNeo", "GPTNeoX", "Mpt")
 _OUTPUT = "output_layer."
+# Kinds of models whose head for sequences bears that name too.
+_SEQUENCE_CLASSIFIER = ("ctrl",)
 # What belongs to the vocabulary's logits: a head on the last hidden state takes no part in it.
 _OF_THE_VOCABULARY: dict[str, Any] = {
     "share_embeddings_and_output_weights": False,
@@ -104,7 +106,7 @@ def _known_heads() -> dict[str, Head]:
         for kind, architecture in names.items():
             own = per_token and architecture.removesuffix("ForTokenClassification") in _WITH_CLASSIFIER
             if kind in decoders and not decoders[kind].endswith(_OF_PARTS):
-                weight = "classifier" if own else "score"
+                weight = "classifier" if own or kind in _SEQUENCE_CLASSIFIER else "score"
                 found[architecture] = Head(decoders[kind], weight, per_token, always_bias=own)
     return found
 
