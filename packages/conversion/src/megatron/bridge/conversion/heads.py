@@ -104,7 +104,7 @@ def _known_heads() -> dict[str, Head]:
         for kind, architecture in names.items():
             own = per_token and architecture.removesuffix("ForTokenClassification") in _WITH_CLASSIFIER
             if kind in decoders and not decoders[kind].endswith(_OF_PARTS):
-                weight = "classifier" if own else "score"
+                weight = "classifier" if own or architecture == "CTRLForSequenceClassification" else "score"
                 found[architecture] = Head(decoders[kind], weight, per_token, always_bias=own)
     return found
 
