@@ -42,7 +42,7 @@ def logits_of(
         if inputs:
             rows = zip(input_ids.split(1), inputs, strict=True)
             return torch.cat([model(row, **own).logits for row, own in rows]).float()
-        if getattr(model, "score", None) is None:
+        if _head(model) is None:
             return model(input_ids).logits.float()
         return _of_the_head(model, input_ids)
 
@@ -51,8 +51,13 @@ def _of_the_head(model: Any, input_ids: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     heard: list[torch.Tensor] = []
-    listener = model.score.register_forward_hook(lambda module, inputs, output: heard.append(output))
+    listener = _head(model).register_forward_hook(lambda module, inputs, output: heard.append(output))
     for row in input_ids.split(1):  # without a token for padding there is one sequence at a time
         model(row)
     listener.remove()
     return torch.cat(heard).float()
+
+
+def _head(model: Any) -> Any:
+    """The classification head of a model, None where it has none."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)
