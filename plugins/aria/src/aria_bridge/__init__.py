@@ -1,0 +1,1 @@
+"""Aria's language model for Megatron Bridge."""
