@@ -1,1 +1,0 @@
-"""Aria's language model for Megatron Bridge."""
