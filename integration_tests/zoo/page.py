@@ -28,10 +28,11 @@ def _lines(record: Record) -> Iterator[str]:
         yield f"| {name} | {told or 'one rank'} |"
     capabilities = record.architectures
     yield f"\n{len(capabilities)} architectures:\n"
-    yield "| architecture | logits within | layouts | BitFit | MTP |"
-    yield "|---|---|---|---|---|"
+    yield "| architecture | logits within | layouts | FP8 source | BitFit | MTP |"
+    yield "|---|---|---|---|---|---|"
     for name, each in sorted(capabilities.items(), key=lambda item: item[0].casefold()):
-        yield f"| `{name}` | {each.difference:.0e} | {' '.join(each.layouts)} | {_bitfit(each)} | {_yes(each.mtp)} |"
+        more = (_fp8(each), _bitfit(each), "yes" if each.mtp else "")
+        yield f"| `{name}` | {each.difference:.0e} | {' '.join(each.layouts)} | {' | '.join(more)} |"
     unproven = {
         (name, layout): reason for name, each in capabilities.items() for layout, reason in each.unproven.items()
     }
@@ -54,5 +55,6 @@ def _bitfit(capability: Capability) -> str:
     return "no biases" if outcome == "nothing to train" else "no"
 
 
-def _yes(held: bool) -> str:
-    return "yes" if held else ""
+def _fp8(capability: Capability) -> str:
+    outcome = capability.low_bit.get("FP8", "")
+    return "yes" if outcome.startswith("read") else "no" if outcome.startswith("not proven") else ""

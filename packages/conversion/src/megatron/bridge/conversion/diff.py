@@ -5,18 +5,23 @@ each side is held at a time.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.conversion.entries import base_name, entry_of
 from megatron.bridge.conversion.inspection import is_megatron
+from megatron.bridge.conversion.plan import Plan, PlanItem
 from megatron.bridge.conversion.transforms import Shape
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
 
 _BLOCK_ELEMENTS = 2**22
 
@@ -105,19 +110,37 @@ def open_stored(path: str | Path) -> Stored:
     if not is_megatron(path):
         return _open_hf(Path(path))
     plan, weights = offline_export_plan(AutoBridge.from_megatron_checkpoint(path), path)
-    items = {name: (item, place) for item in plan for place, name in enumerate(item.hf)}
-    # Fused weights are asked for piece by piece, so the last one is kept.
-    last: dict[str, list[torch.Tensor]] = {}
+    reader = _Pieces(plan, weights)
+    return Stored({name: (shape, reader.dtype(name)) for name, shape in plan.hf_shapes.items()}, plan.tied, reader.read)
 
-    def read(name: str) -> "torch.Tensor":
-        item, place = items[name]
-        if item.megatron not in last:
-            last.clear()
-            last[item.megatron] = item.rule.transform.inverse(weights.read(item.megatron))
-        return last[item.megatron][place]
 
-    shapes = {name: (shape, weights[items[name][0].megatron].dtype) for name, shape in plan.hf_shapes.items()}
-    return Stored(shapes, plan.tied, read)
+class _Pieces:
+    """Hugging Face weights of a Megatron checkpoint, each taken out of the Megatron weight that holds it."""
+
+    def __init__(self, plan: Plan, weights: "MegatronWeights") -> None:
+        self._weights = weights
+        # One piece, or one per entry of a weight that stacks them.
+        self._pieces: dict[str, list[tuple[PlanItem, int]]] = defaultdict(list)
+        for item in plan:
+            for place, name in enumerate(item.hf):
+                self._pieces[base_name(name)].append((item, place))
+        # Fused weights are asked for piece by piece, so the last one is kept.
+        self._last: tuple[str, list[torch.Tensor]] = "", []
+
+    def dtype(self, name: str) -> "torch.dtype":
+        return self._weights[self._pieces[name][0][0].megatron].dtype
+
+    def read(self, name: str) -> "torch.Tensor":
+        import torch
+
+        pieces = [self._piece(item, place) for item, place in self._pieces[name]]
+        item, place = self._pieces[name][0]
+        return torch.stack(pieces) if entry_of(item.hf[place]) else pieces[0]
+
+    def _piece(self, item: PlanItem, place: int) -> "torch.Tensor":
+        if self._last[0] != item.megatron:
+            self._last = item.megatron, item.rule.transform.inverse(self._weights.read(item.megatron))
+        return self._last[1][place]
 
 
 def _open_hf(folder: Path) -> Stored:

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.plan import Plan
 from megatron.bridge.conversion.transforms import Shape
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One Megatron weight of a plan; `nbytes` as the side that was inspected holds it."""
+    """One Megatron weight of a plan; `nbytes` as the side that was inspected holds it, low-bit weights decoded."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -38,8 +39,8 @@ def inspect_plan(path: str | Path, *, trust_remote_code: bool = False) -> list[P
         return _rows(plan, {item.megatron: weights[item.megatron].dtype for item in plan})
     bridge = AutoBridge.from_hf_pretrained(path, trust_remote_code=trust_remote_code)
     plan = offline_import_plan(bridge)
-    held = bridge.source.weights  # type: ignore[union-attr]
-    return _rows(plan, {item.megatron: held[item.hf[0]].dtype for item in plan})
+    held = bridge.stored_weights.dtypes
+    return _rows(plan, {item.megatron: held[base_name(item.hf[0])] for item in plan})
 
 
 def is_megatron(path: str | Path) -> bool:

@@ -1,7 +1,7 @@
 """`MegatronModelBridge`: what a model family says about itself, and where families are found."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightTable
@@ -40,6 +40,10 @@ class MegatronModelBridge(ABC):
     @abstractmethod
     def mapping_registry(self) -> WeightTable:
         """The weight table for this configuration: every weight of both sides, by rule."""
+
+    def moe_layers(self) -> Sequence[bool] | None:
+        """Per layer, whether its MLP is a mixture of experts; None where the family does not say."""
+        return None
 
     def shared_values(self) -> dict[str, Any]:
         """The provider fields that are copied from the configuration.

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _INDEX = re.compile(r"\{([a-z])(?:\+(\d+))?\}")
-_DIGITS = re.compile(r"(?<![^.])\d+(?![^.])")
+# A part between dots, or the entry of a stacked weight in brackets.
+_DIGITS = re.compile(r"(?<![^.[])\d+(?![^].])")
 
 type Indices = Mapping[str, int]
 
@@ -60,6 +61,14 @@ class NamePattern:
                 return None
         return indices
 
+    @cached_property
+    def _pieces(self) -> tuple[str, ...]:
+        """The text before, between and after the indices."""
+        return tuple(_INDEX.sub("{", self.text).split("{"))
+
     def format(self, indices: Indices) -> str:
         """The name this pattern spells for `indices`."""
-        return _INDEX.sub(lambda match: str(indices[match[1]] + int(match[2] or 0)), self.text)
+        first, *rest = self._pieces
+        for variable, offset, piece in zip(self.indices, self._offsets, rest, strict=True):
+            first += f"{indices[variable] + offset}{piece}"
+        return first

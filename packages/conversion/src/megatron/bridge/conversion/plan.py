@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 from megatron.bridge.conversion.entries import without_entries
@@ -35,6 +36,11 @@ class PlanItem:
     def numel(self) -> int:
         """Elements of the global Megatron weight."""
         return prod(self.shape)
+
+    @cached_property
+    def indices(self) -> Indices:
+        """The layer, expert and so on at which the rule was met."""
+        return self.rule.pattern.match(self.megatron) or {}
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ def _check_gaps(items: Iterable[PlanItem], problems: _Problems) -> None:
     layers: set[int] = set()
     experts: dict[tuple[str, int | None], set[int]] = defaultdict(set)
     for item in items:
-        indices = _indices(item)
+        indices = item.indices
         if "l" in indices:
             layers.add(indices["l"])
         if "e" in indices:
@@ -194,10 +200,6 @@ def _gaps(held: set[int]) -> list[int]:
     return sorted(set(range(max(held, default=-1) + 1)) - held)
 
 
-def _indices(item: PlanItem) -> Indices:
-    return item.rule.pattern.match(item.megatron) or {}
-
-
 def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, ...]:
     """Items in the table's order, layer by layer: what stands before the first layered rule, the layers, the rest.
 
@@ -208,7 +210,7 @@ def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, 
 
     def key(item: PlanItem) -> tuple[int, int, int, int]:
         place = position[item.rule.megatron]
-        indices = _indices(item)
+        indices = item.indices
         part = 1 if indices else (0 if place < first_layered else 2)
         return part, indices.get("l", 0), place, indices.get("e", 0)
 

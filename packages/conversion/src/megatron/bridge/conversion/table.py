@@ -53,9 +53,14 @@ class WeightRule:
         """The Megatron name as a pattern."""
         return NamePattern(self.megatron)
 
+    @cached_property
+    def hf_patterns(self) -> tuple[NamePattern, ...]:
+        """The Hugging Face names as patterns."""
+        return tuple(map(NamePattern, self.hf_names))
+
     def hf_for(self, indices: Indices) -> tuple[str, ...]:
         """The Hugging Face names at `indices`."""
-        return tuple(NamePattern(name).format(indices) for name in self.hf_names)
+        return tuple(pattern.format(indices) for pattern in self.hf_patterns)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,10 @@ class WeightTable:
         stacked = {base_name(name) for rule in self.rules for name in rule.hf_names if base_name(name) != name}
         return with_entries(hf, [NamePattern(name) for name in stacked]) if stacked else hf
 
+    @cached_property
+    def _ignored_patterns(self) -> tuple[NamePattern, ...]:
+        return tuple(map(NamePattern, self.ignored))
+
     def ignores(self, hf: str) -> bool:
         """Whether the table says, by name, that this Hugging Face weight is not needed."""
-        return any(NamePattern(pattern).match(hf) is not None for pattern in self.ignored)
+        return any(pattern.match(hf) is not None for pattern in self._ignored_patterns)

@@ -25,6 +25,7 @@ __all__ = [
     "FamilyMismatch",
     "check_family",
     "compare",
+    "compare_in_rank",
     "expect_same_keys",
     "expect_same_weights",
     "family_case",
@@ -70,11 +71,11 @@ def family_case(config: "PretrainedConfig", folder: Path, name: str | None = Non
     """
     import torch
 
+    from megatron.bridge.conversion.reference import logits_of
+
     weights = save_random_model(config, folder)
     tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        logits = random_model(config)(tokens).logits
-    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits)
+    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits_of(random_model(config), tokens))
 
 
 def check_family(
@@ -145,16 +146,15 @@ def compare(
         FamilyMismatch: some case's logits differ by more than `tolerance`, or a weight comes back changed.
     """
     fields = layout_fields(layout)
-    found: dict[str, float] = run_ranks(ranks_of(fields), _compare_in_rank, cases, fields, layer_spec, timeout=600)[0]
+    found: dict[str, float] = run_ranks(ranks_of(fields), compare_in_rank, cases, fields, layer_spec, timeout=600)[0]
     above = {name: difference for name, difference in found.items() if not difference < tolerance}
     if above:
         raise FamilyMismatch(f"{layout}, layer spec {layer_spec}: logits differ from transformers' by {above}")
     return found
 
 
-def _compare_in_rank(
-    cases: Sequence[FamilyCase], layout: Mapping[str, Any], layer_spec: str | None
-) -> dict[str, float]:
+def compare_in_rank(cases: Sequence[FamilyCase], layout: Mapping[str, Any], layer_spec: str | None) -> dict[str, float]:
+    """What `compare` does in each rank of the layout that these provider fields make, leaving the tolerance to it."""
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.logits import megatron_logits
     from megatron.bridge.conversion.verify import relative_difference
@@ -200,7 +200,7 @@ def expect_same_keys(case: FamilyCase) -> None:
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = bridge.to_megatron_model(load_weights=False)
-    if found := differences(bridge.get_conversion_tasks(model), model):
+    if found := differences(bridge.get_conversion_tasks(model).plan, model):
         raise FamilyMismatch(f"{case.name}: the table and Megatron-Core's checkpoints differ: {'; '.join(found)}")
 
 
@@ -224,7 +224,7 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
     model = bridge.to_megatron_model(load_weights=False)
     before = [parameter.clone() for parameter in model[0].parameters()]
     table = bridge.model_bridge.mapping_registry()
-    first = {item.rule.megatron: item for item in reversed(bridge.get_conversion_tasks(model).items)}
+    first = {item.rule.megatron: item for item in reversed(bridge.get_conversion_tasks(model).plan.items)}
     for rule in (rule for rule in table.rules if rule.megatron in first):
         rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
         bridge.model_bridge.mapping_registry = lambda rest=rest: rest  # type: ignore[method-assign, misc]

@@ -38,6 +38,7 @@ class Capability:
             came back bit for bit.
         unproven: layout -> why it is not among them.
         peft: method -> what was proven of it, or why it does not apply.
+        low_bit: format -> what was proven of a checkpoint stored in it, or why it is not.
         mtp: whether a case with multi-token prediction is among them.
         layer_spec: layer spec of the proof.
         date: of the proof, YYYY-MM-DD.
@@ -48,6 +49,7 @@ class Capability:
     layouts: Mapping[str, float]
     unproven: Mapping[str, str] = field(default_factory=dict)
     peft: Mapping[str, str] = field(default_factory=dict)
+    low_bit: Mapping[str, str] = field(default_factory=dict)
     mtp: bool = False
     layer_spec: str = "torch"
     date: str = ""

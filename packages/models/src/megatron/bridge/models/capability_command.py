@@ -79,6 +79,6 @@ def _details(record: Record, name: str, offer: Offer) -> Iterator[str]:
         yield f"  {layout:<11} {difference:<14.1e} bit for bit"
     for layout, reason in capability.unproven.items():
         yield f"  {layout:<11} not proven: {reason}"
-    for method, outcome in capability.peft.items():
-        yield f"  {method}: {outcome}"
+    for what, outcome in {**capability.low_bit, **capability.peft}.items():
+        yield f"  {what}: {outcome}"
     yield f"  multi-token prediction: {'proven' if capability.mtp else 'not tried'}"

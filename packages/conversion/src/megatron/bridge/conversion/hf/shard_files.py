@@ -98,14 +98,14 @@ class ShardFile:
                 "and the same max_shard_bytes"
             )
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the bytes of a tensor that has the shape and dtype laid out."""
+    def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+        """Write a tensor of the shape and dtype laid out, or a part of it that begins at byte `first`."""
         stored = self.layout.tensors[name]
         if stored.end == stored.begin:
             return
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         remaining = memoryview(flat.view(torch.uint8).numpy())
-        offset = len(self.layout.header) + stored.begin
+        offset = len(self.layout.header) + stored.begin + first
         descriptor = self._open()
         # One call writes at most 2 GB.
         while remaining:

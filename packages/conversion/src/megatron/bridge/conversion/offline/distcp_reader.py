@@ -1,17 +1,17 @@
 """Reads single weights of a Megatron distributed checkpoint, whatever layout wrote it, without loading the rest."""
 
-import io
 import math
-import os
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE, CheckpointError, resolve
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS
 from megatron.bridge.conversion.offline.keys import Place, stored_weights
+from megatron.bridge.conversion.offline.tensor_archive import read_tensor
 from megatron.bridge.conversion.table import WeightTable
 from megatron.bridge.conversion.transforms import Shape
 
@@ -62,6 +62,8 @@ class MegatronWeights(Mapping[str, StoredWeight]):
             raise CheckpointError(
                 f"{self.folder / METADATA_FILE} is damaged ({error}); take another copy of the checkpoint"
             ) from error
+        # Key and number of leading axes -> the chunks at each of their entries.
+        self._by_leading: dict[tuple[str, int], dict[Shape, list[Any]]] = {}
         found = stored_weights(table, {key: tuple(entry.size) for key, entry in self._entries.items()})
         self._weights = {
             name: StoredWeight(place, shape, self._entries[place.key].properties.dtype)
@@ -118,12 +120,14 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         return result.reshape(weight.shape)
 
     def _chunks(self, place: Place) -> list[Any]:
+        """(index, chunk) of the stored chunks that hold some of a weight."""
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        chunks = [(MetadataIndex(place.key, chunk.offsets), chunk) for chunk in self._entries[place.key].chunks]
-        if place.layer is None:
-            return chunks
-        return [(i, c) for i, c in chunks if c.offsets[0] <= place.layer < c.offsets[0] + c.sizes[0]]
+        depth = len(place.axes)
+        by_leading = self._by_leading.get((place.key, depth))
+        if by_leading is None:
+            by_leading = self._by_leading[place.key, depth] = _by_leading(self._entries[place.key].chunks, depth)
+        return [(MetadataIndex(place.key, chunk.offsets), chunk) for chunk in by_leading.get(place.leading, ())]
 
     def _load(self, index: Any, chunk: Any, dtype: "torch.dtype") -> "torch.Tensor":
         import torch
@@ -135,7 +139,7 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         path = self.folder / info.relative_path
         damaged = f"{path} is damaged at byte {info.offset}, where {what} lies: "
         try:
-            tensor = _read_archive(path, info.offset, info.length)
+            tensor = read_tensor(path, info.offset, info.length)
         except Exception as error:
             raise CheckpointError(f"{damaged}{error}; take another copy of the checkpoint") from error
         if not isinstance(tensor, torch.Tensor):
@@ -146,19 +150,6 @@ class MegatronWeights(Mapping[str, StoredWeight]):
                 f"{list(chunk.sizes)}; take another copy of the checkpoint"
             )
         return tensor
-
-
-def _read_archive(path: Path, offset: int, length: int) -> Any:
-    """What `torch.save` wrote there, its checksums compared (torch itself does not)."""
-    import torch
-
-    with _Section(path, offset, length) as section:
-        with zipfile.ZipFile(cast("IO[bytes]", section)) as archive:
-            spoiled = archive.testzip()
-        if spoiled is not None:
-            raise ValueError(f"the checksum of {spoiled} is wrong")
-        section.seek(0)
-        return torch.load(cast("IO[bytes]", section), map_location="cpu", weights_only=True)
 
 
 def _refuse_gaps(key: str, entry: Any, stored: Mapping[Any, Any]) -> None:
@@ -181,45 +172,21 @@ def _refuse_gaps(key: str, entry: Any, stored: Mapping[Any, Any]) -> None:
         raise ValueError(f"its chunks of {key} hold {filled} elements, its shape {list(size)} needs {math.prod(size)}")
 
 
-class _Section(io.RawIOBase):
-    """A run of bytes of a file, as a stream."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        super().__init__()
-        self._file = os.open(path, os.O_RDONLY)
-        self._offset, self._length, self._at = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise OSError(f"seek to {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        count = os.preadv(self._file, [view], self._offset + self._at) if view else 0
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._file)
-        super().close()
+def _by_leading(chunks: Iterable[Any], depth: int) -> dict[Shape, list[Any]]:
+    """Chunks by each entry of the first `depth` axes that they hold some of."""
+    found: dict[Shape, list[Any]] = defaultdict(list)
+    for chunk in chunks:
+        runs = (
+            range(start, start + size) for start, size in zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+        )
+        for leading in product(*runs):
+            found[leading].append(chunk)
+    return found
 
 
 def _window(weight: StoredWeight) -> tuple[tuple[int, int], ...]:
     own = tuple((0, size) for size in weight.shape)
-    return own if weight.place.layer is None else ((weight.place.layer, weight.place.layer + 1), *own)
+    return (*((entry, entry + 1) for entry in weight.place.leading), *own)
 
 
 def _overlap(window: Any, offsets: Shape, sizes: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

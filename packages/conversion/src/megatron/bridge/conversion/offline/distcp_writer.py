@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE
 from megatron.bridge.conversion.offline.journal import Part
 from megatron.bridge.conversion.offline.keys import Place
+from megatron.bridge.conversion.offline.tensor_archive import write_tensor
 from megatron.bridge.conversion.plan import PlanItem
 from megatron.bridge.conversion.transforms import Region, Shape
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 * 2**20
 FILE_BYTES = 256 * 2**20
-_BUFFER_BYTES = 2**20
+_BUFFER_BYTES = 2**17  # collects small records; what is larger goes past it
 CORE_METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
@@ -127,7 +128,7 @@ def write_file(path: Path, file: CheckpointFile, read: "Callable[[Chunk], torch.
     with path.open("wb", buffering=_BUFFER_BYTES) as stream:
         summed = _Summed(stream)
         for chunk in file.chunks:
-            torch.save(_alone(read(chunk), chunk), summed)  # type: ignore[arg-type]
+            write_tensor(summed, _cast(read(chunk), chunk))  # type: ignore[arg-type]
             parts.append(summed.part(chunk.label))
         for key, value in file.objects:
             torch.save([value], summed)  # type: ignore[arg-type]
@@ -135,16 +136,9 @@ def write_file(path: Path, file: CheckpointFile, read: "Callable[[Chunk], torch.
     return parts
 
 
-def _alone(tensor: "torch.Tensor", chunk: Chunk) -> "torch.Tensor":
-    """The tensor in a storage of its own length, without copying: `torch.save` writes whole storages."""
-    import torch
-
+def _cast(tensor: "torch.Tensor", chunk: Chunk) -> "torch.Tensor":
     tensor = tensor.to(chunk.dtype) if tensor.is_floating_point() else tensor
-    tensor = tensor.detach().contiguous()
-    if tensor.untyped_storage().nbytes() != chunk.nbytes and chunk.nbytes:
-        raw = tensor.reshape(-1).view(torch.uint8).numpy()
-        tensor = torch.frombuffer(raw, dtype=tensor.dtype)
-    return tensor.reshape(chunk.sizes)
+    return tensor.detach().contiguous().reshape(chunk.sizes)
 
 
 def write_metadata(folder: Path, files: Iterable[CheckpointFile], written: Mapping[str, list[Part]]) -> None:

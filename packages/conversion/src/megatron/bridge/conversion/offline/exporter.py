@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.entries import base_name, entry_of
 from megatron.bridge.conversion.hf import HFFolderError, HFWeights, copy_companions, write_config
 from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.hf.names import INDEX
@@ -104,12 +105,13 @@ def export_checkpoint(
 
 
 def _specs(plan: Plan, weights: MegatronWeights, dtype: "torch.dtype | None") -> dict[str, TensorSpec]:
-    specs: dict[str, TensorSpec] = {}
+    """Shape and dtype of every weight to write."""
+    kept: dict[str, torch.dtype] = {}
     for item in plan:
         held = weights[item.megatron].dtype
-        kept = dtype if dtype is not None and held.is_floating_point else held
-        specs |= {name: (shape, kept) for name, shape in zip(item.hf, item.hf_shapes, strict=True)}
-    return specs
+        wanted = dtype if dtype is not None and held.is_floating_point and not item.rule.keeps_dtype else held
+        kept |= {base_name(name): wanted for name in item.hf}
+    return {name: (shape, kept[name]) for name, shape in plan.hf_shapes.items()}
 
 
 class _Export:
@@ -124,8 +126,12 @@ class _Export:
         layouts: tuple[ShardLayout, ...],
     ) -> None:
         self._folder, self._journal, self._weights, self._layouts = folder, journal, weights, layouts
-        self._item_of = {name: item for item in plan for name in item.hf}
-        self._order = {item.megatron: place for place, item in enumerate(plan)}
+        # File -> the items that it holds something of, in plan order.
+        self._items: dict[str, dict[str, PlanItem]] = {layout.file: {} for layout in layouts}
+        file_of = {name: layout.file for layout in layouts for name in layout.tensors}
+        for item in plan:
+            for name in item.hf:
+                self._items[file_of[base_name(name)]][item.megatron] = item
         self._sync = BackgroundSync()
         self._lock = Lock()
 
@@ -148,9 +154,8 @@ class _Export:
         shard.path.unlink(missing_ok=True)
         shard.create()
         parts = [Part("header", 0, len(layout.header), zlib.crc32(layout.header))]
-        items = {item.megatron: item for item in (self._item_of[name] for name in layout.tensors)}
-        for megatron in sorted(items, key=self._order.__getitem__):
-            parts += self._write_item(shard, items[megatron])
+        for item in self._items[layout.file].values():
+            parts += self._write_item(shard, item)
 
         def finish() -> None:
             shard.sync_and_close()
@@ -168,13 +173,15 @@ class _Export:
         parts = []
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
-            stored = shard.layout.tensors.get(name)
+            weight, index = entry_of(name) or (name, 0)
+            stored = shard.layout.tensors.get(weight)
             if stored is None:
                 continue
             tensor = piece.to(stored.dtype).contiguous()
-            shard.write(name, tensor)
+            first = index * tensor.nbytes
+            shard.write(weight, tensor, first)
             crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            parts.append(Part(name, len(shard.layout.header) + stored.begin, stored.end - stored.begin, crc))
+            parts.append(Part(name, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
         return parts
 
 

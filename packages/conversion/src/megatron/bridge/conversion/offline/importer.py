@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from megatron.bridge.conversion.checkpoint_layout import (
     write_latest_pointer,
 )
 from megatron.bridge.conversion.dist_checkpoint import check_files, publish, read_metadata
+from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.live import SourceTensor, check_ties
 from megatron.bridge.conversion.megatron_checkpoint import HF_FILES, describing_files
@@ -32,8 +33,8 @@ from megatron.bridge.conversion.offline.index import megatron_shapes, refuse_oth
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.keys import extra_state_keys, places
 from megatron.bridge.conversion.offline.workers import run_all
-from megatron.bridge.conversion.plan import Plan, import_plan
-from megatron.bridge.conversion.weight_source import FolderSource
+from megatron.bridge.conversion.plan import Plan, PlanItem, import_plan
+from megatron.bridge.conversion.weight_source import quantization_config
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     if bridge.source is None:
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
     table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
-    shapes = {name: info.shape for name, info in bridge.source.weights.items()}
+    shapes = bridge.stored_weights.shapes
     plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
     refuse_other_model(plan, bridge.model_bridge, what)
     return plan
@@ -99,31 +100,11 @@ def import_checkpoint(
         _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
-    weights = bridge.source.weights  # type: ignore[union-attr]
-    source = FolderSource(weights)
-    check_ties(plan, source, f"import of {hf_model}")
-    job = {
-        "source": state_of([weights.folder / name for name in weights.files]),
-        "files": [[file.name, [f"{chunk.label}:{chunk.dtype}" for chunk in file.chunks]] for file in files],
-        "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
-    }
-
-    def read(chunk: Chunk) -> "torch.Tensor":
-        inputs = [SourceTensor(source, *pair) for pair in zip(chunk.item.hf, chunk.item.hf_shapes, strict=True)]
-        return chunk.item.rule.transform.forward(inputs, chunk.region)
-
-    partial = target.with_name(f".{target.name}.offline")
+    check_ties(plan, bridge.stored_weights, f"import of {hf_model}")
     try:
-        journal = Journal(journal_file, job)
+        journal = Journal(journal_file, _job(bridge, plan, files))
         try:
-            if _is_published(target, journal, files):
-                write_latest_pointer(target.parent, 0)
-            else:
-                if not overwrite:
-                    _refuse_existing(target)
-                _write(partial, journal, files, read, workers, progress)
-                _complete(partial, bridge)
-                publish(partial, target, 0)
+            _Import(bridge, target, journal, files).run(workers, overwrite, progress)
             journal.remove()
         finally:
             journal.close()
@@ -132,65 +113,105 @@ def import_checkpoint(
     return target
 
 
+def _job(bridge: AutoBridge, plan: Plan, files: list[CheckpointFile]) -> dict[str, Any]:
+    """All that decides the result."""
+    weights = bridge.source.weights  # type: ignore[union-attr]
+    return {
+        "source": state_of([weights.folder / name for name in weights.files]),
+        "quantization": quantization_config(bridge.source),  # type: ignore[arg-type]
+        "files": [[file.name, [f"{chunk.label}:{chunk.dtype}" for chunk in file.chunks]] for file in files],
+        "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
+    }
+
+
 def _refuse_existing(target: Path) -> None:
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another folder, remove it, or ask for it to be overwritten")
 
 
-def _is_published(target: Path, journal: Journal, files: list[CheckpointFile]) -> bool:
-    """Whether the last attempt was cut off after its folder got its name, and before the pointer was written."""
-    whole = journal.continues and (target / METADATA_FILE).is_file()
-    return whole and all(journal.finished(target, file.name) is not None for file in files)
-
-
 def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int) -> list[CheckpointFile]:
     found = places(plan)
-    held = bridge.source.weights  # type: ignore[union-attr]
+    held = bridge.stored_weights.dtypes
     chunks: list[Chunk] = []
     for item in plan:
-        stored = held[item.hf[0]].dtype
-        chunks += chunks_of(item, found[item.megatron], dtype if stored.is_floating_point else stored)
+        stored = held[base_name(item.hf[0])]
+        chunks += chunks_of(item, found[item.megatron], _dtype(item, stored, dtype))
     objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
     return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
 
 
-def _write(
-    partial: Path,
-    journal: Journal,
-    files: list[CheckpointFile],
-    read: "Callable[[Chunk], torch.Tensor]",
-    workers: int,
-    progress: "Progress | None",
-) -> None:
-    """Every file and the metadata, into the partial folder."""
-    if not journal.continues and partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    done = {file.name: parts for file in files if (parts := journal.finished(partial, file.name)) is not None}
-    _refuse_small_disk(partial, [file for file in files if file.name not in done])
-    sync = BackgroundSync()
+def _dtype(item: PlanItem, stored: "torch.dtype", wanted: "torch.dtype") -> "torch.dtype":
+    """What Megatron-Core holds the weight in."""
+    import torch
 
-    def work(file: CheckpointFile) -> None:
-        unfinished = partial / f"{file.name}{_UNFINISHED}"
-        parts = write_file(unfinished, file, read)
-        sync.submit(lambda: finish(unfinished, file, parts))
+    if item.rule.keeps_dtype:
+        return torch.float32
+    return wanted if stored.is_floating_point else stored
 
-    def finish(unfinished: Path, file: CheckpointFile, parts: list[Part]) -> None:
-        with unfinished.open("rb") as stream:
-            os.fsync(stream.fileno())
-        unfinished.rename(partial / file.name)
-        journal.add(file.name, parts)
-        done[file.name] = parts
-        if progress is not None:
-            progress(file.name, sum(part.length for part in parts))
 
-    try:
-        run_all([file for file in files if file.name not in done], work, workers)
-    except BaseException:
-        sync.abort()
-        raise
-    sync.finish()
-    write_metadata(partial, files, done)
+class _Import:
+    """The files of one import: made in a hidden folder beside the target, then given its name."""
+
+    def __init__(self, bridge: AutoBridge, target: Path, journal: Journal, files: list[CheckpointFile]) -> None:
+        self._bridge, self._target, self._journal, self._files = bridge, target, journal, files
+        self._partial = target.with_name(f".{target.name}.offline")
+        self._source = bridge.stored_weights
+        self._sync = BackgroundSync()
+        self._done: dict[str, list[Part]] = {}
+
+    def run(self, workers: int, overwrite: bool, progress: "Progress | None") -> None:
+        """Do what is not done yet."""
+        if self._is_published():
+            write_latest_pointer(self._target.parent, 0)
+            return
+        if not overwrite:
+            _refuse_existing(self._target)
+        self._write(workers, progress)
+        _complete(self._partial, self._bridge)
+        publish(self._partial, self._target, 0)
+
+    def _is_published(self) -> bool:
+        """Whether the last attempt was cut off after its folder got its name, and before the pointer was written."""
+        whole = self._journal.continues and (self._target / METADATA_FILE).is_file()
+        return whole and all(self._journal.finished(self._target, file.name) is not None for file in self._files)
+
+    def _write(self, workers: int, progress: "Progress | None") -> None:
+        """Every file and the metadata, into the hidden folder."""
+        if not self._journal.continues and self._partial.exists():
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        for file in self._files:
+            if (parts := self._journal.finished(self._partial, file.name)) is not None:
+                self._done[file.name] = parts
+        todo = [file for file in self._files if file.name not in self._done]
+        _refuse_small_disk(self._partial, todo)
+        try:
+            run_all(todo, bound(self._write_file, progress=progress), workers)
+        except BaseException:
+            self._sync.abort()
+            raise
+        self._sync.finish()
+        write_metadata(self._partial, self._files, self._done)
+
+    def _write_file(self, file: CheckpointFile, progress: "Progress | None") -> None:
+        unfinished = self._partial / f"{file.name}{_UNFINISHED}"
+        parts = write_file(unfinished, file, self._read)
+
+        def finish() -> None:
+            with unfinished.open("rb") as stream:
+                os.fsync(stream.fileno())
+            unfinished.rename(self._partial / file.name)
+            self._journal.add(file.name, parts)
+            self._done[file.name] = parts
+            if progress is not None:
+                progress(file.name, sum(part.length for part in parts))
+
+        self._sync.submit(finish)
+
+    def _read(self, chunk: Chunk) -> "torch.Tensor":
+        item = chunk.item
+        inputs = [SourceTensor(self._source, *pair) for pair in zip(item.hf, item.hf_shapes, strict=True)]
+        return item.rule.transform.forward(inputs, chunk.region)
 
 
 def _refuse_small_disk(folder: Path, files: list[CheckpointFile]) -> None:

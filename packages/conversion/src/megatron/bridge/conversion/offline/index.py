@@ -3,17 +3,24 @@
 What a model would have refused (a layer too few, other sizes than the configuration's) is refused here.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.conversion.names import NamePattern, skeleton
+from megatron.bridge.conversion.names import skeleton
 from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem
 from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Concatenate, InterleaveGroups, PadRows, Shape
 
 if TYPE_CHECKING:
     from megatron.bridge.conversion.model_bridge import MegatronModelBridge
+
+# The indices at which a rule is met.
+type _Places = list[dict[str, int]]
+
+_DECODER = "decoder.layers."
+_FUSED_NORM = re.compile(r"(.*)\.layer_norm_(?:weight|bias)")
 
 
 def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
@@ -29,13 +36,14 @@ def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple:
     Raises:
         PlanError: shapes that no Megatron weight can be made of; all of them are listed.
     """
+    hf = table.entries(hf)
     by_skeleton = defaultdict(list)
     for name in hf:
         by_skeleton[skeleton(name)].append(name)
     shapes: dict[str, Shape] = {}
     faults: list[str] = []
-    for rule in table.rules:
-        for indices in _met(rule, by_skeleton):
+    for rule, places in _of_their_layers(table, {rule: _met(rule, by_skeleton) for rule in table.rules}).items():
+        for indices in places:
             names, megatron = rule.hf_for(indices), rule.pattern.format(indices)
             held = [tuple(hf[name]) for name in names if name in hf]
             # What is absent the plan will tell, with what is there instead; it needs a shape until then.
@@ -50,16 +58,42 @@ def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple:
     return shapes
 
 
-def _met(rule: WeightRule, by_skeleton: Mapping[str, Iterable[str]]) -> list[dict[str, int]]:
+def _met(rule: WeightRule, by_skeleton: Mapping[str, Iterable[str]]) -> _Places:
     """The indices at which some of the rule's Hugging Face weights exist; for a name without indices, always one."""
-    found: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
-    for text in rule.hf_names:
-        pattern = NamePattern(text)
+    found: dict[tuple[int, ...], dict[str, int]] = {}
+    for pattern in rule.hf_patterns:
         for name in by_skeleton.get(pattern.skeleton, ()):
             indices = pattern.match(name)
             if indices is not None:
-                found[tuple(sorted(indices.items()))] = indices
+                found[tuple(indices[variable] for variable in rule.pattern.indices)] = indices
     return list(found.values())
+
+
+def _of_their_layers(table: WeightTable, met: Mapping[WeightRule, _Places]) -> dict[WeightRule, _Places]:
+    """The same, without the rules that only seem to be met.
+
+    Where layers are of several kinds, a norm may bear one Hugging Face name in all of them and belong to another
+    Megatron module in each. One that Megatron fuses with a linear layer is met where that layer is; any other one where
+    no fused norm is.
+    """
+    by_names = defaultdict(list)
+    for rule in table.rules:
+        by_names[rule.hf_names].append(rule)
+    of_name = {rule.megatron: rule for rule in table.rules}
+    kept = dict(met)
+    for rivals in by_names.values():
+        taken: list[dict[str, int]] = []
+        fused = {rule: linear[1] for rule in rivals if (linear := _FUSED_NORM.fullmatch(rule.megatron))}
+        if len(rivals) == 1 or not fused:
+            continue
+        for rule, name in fused.items():
+            owner = met.get(of_name.get(f"{name}.weight", rule), [])
+            kept[rule] = [indices for indices in met[rule] if indices in owner]
+            taken += kept[rule]
+        for rule in rivals:
+            if rule not in fused:
+                kept[rule] = [indices for indices in met[rule] if indices not in taken]
+    return kept
 
 
 def _shape(rule: WeightRule, held: list[Shape], vocab_multiple: int) -> Shape:
@@ -79,7 +113,7 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
         PlanError: naming every weight kind that disagrees.
     """
     config = bridge.shared_values()
-    problems = _layer_problems(plan, config)
+    problems = _layer_problems(plan, config) + _expert_problems(plan, bridge.moe_layers(), config)
     first: dict[str, PlanItem] = {}
     for item in plan:
         alike = first.setdefault(item.rule.megatron, item)
@@ -98,11 +132,12 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
 
 def _layer_problems(plan: Plan, config: Mapping[str, Any]) -> list[str]:
     """Layers that are missing or too many, and weights that only some layers have."""
-    layers_of: dict[WeightRule, set[int]] = defaultdict(set)
+    rules: dict[str, WeightRule] = {}
+    layers_of: dict[str, set[int]] = defaultdict(set)
     for item in plan:
-        indices = item.rule.pattern.match(item.megatron) or {}
-        if "l" in indices and item.rule.megatron.startswith("decoder.layers."):
-            layers_of[item.rule].add(indices["l"])
+        if "l" in item.indices and item.rule.megatron.startswith(_DECODER):
+            rules[item.rule.megatron] = item.rule
+            layers_of[item.rule.megatron].add(item.indices["l"])
     held = set().union(*layers_of.values())
     wanted = set(range(config.get("num_layers", len(held))))
     problems = []
@@ -110,13 +145,40 @@ def _layer_problems(plan: Plan, config: Mapping[str, Any]) -> list[str]:
         problems.append(f"layers without weights: {absent}")
     if extra := sorted(held - wanted):
         problems.append(f"layers beyond the configuration's {len(wanted)}: {extra}")
-    for rule, layers in layers_of.items():
+    for name, layers in layers_of.items():
         # Where layers are of several kinds, each layer that lacks this weight has another kind's in its place.
         others = set().union(*(other for other in layers_of.values() if not other & layers))
         if gap := sorted(wanted - layers - others - set(absent)):
-            names = ", ".join(name for layer in gap[:3] for name in rule.hf_for({"l": layer, "e": 0}))
-            problems.append(f"layers {gap} lack {rule.megatron}, made of {names}")
+            names = ", ".join(hf for layer in gap[:3] for hf in rules[name].hf_for({"l": layer, "e": 0}))
+            problems.append(f"layers {gap} lack {name}, made of {names}")
     return problems
+
+
+def _expert_problems(plan: Plan, mixtures: Sequence[bool] | None, config: Mapping[str, Any]) -> list[str]:
+    """Mixtures of experts in other layers than the configuration's, and experts that are missing or too many."""
+    experts: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for item in plan:
+        if "e" in item.indices and item.rule.megatron.startswith(_DECODER):
+            experts[item.rule.megatron, item.indices["l"]].add(item.indices["e"])
+    problems = []
+    if mixtures is not None:
+        held, stated = {layer for _, layer in experts}, {layer for layer, mixture in enumerate(mixtures) if mixture}
+        if held != stated:
+            problems.append(f"layers {sorted(held)} hold experts, the configuration says {sorted(stated)}")
+    for (name, layer), numbers in experts.items():
+        wanted = set(range(config.get("num_moe_experts") or len(numbers)))
+        if absent := sorted(wanted - numbers):
+            problems.append(f"layer {layer} lacks experts {_shortened(absent)} of {name}")
+        if extra := sorted(numbers - wanted):
+            problems.append(
+                f"layer {layer} has experts {_shortened(extra)} of {name} beyond the configuration's {len(wanted)}"
+            )
+    return problems
+
+
+def _shortened(numbers: list[int], shown: int = 8) -> str:
+    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
+    return f"{', '.join(map(str, numbers[:shown]))}{more}"
 
 
 # The size of each axis of a weight, as a provider field; None where the configuration does not say it directly.
@@ -137,6 +199,13 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "decoder.layers.{l}.mlp.linear_fc1.bias": (None,),
     "decoder.layers.{l}.mlp.linear_fc2.weight": ("hidden_size", "ffn_hidden_size"),
     "decoder.layers.{l}.mlp.linear_fc2.bias": ("hidden_size",),
+    "decoder.layers.{l}.mlp.router.weight": ("num_moe_experts", "hidden_size"),
+    "decoder.layers.{l}.mlp.experts.experts.{e}.linear_fc2.weight": (None, "moe_ffn_hidden_size"),
+}
+# The size of each part of a gated projection, as a provider field.
+_GATED: Mapping[str, str] = {
+    "decoder.layers.{l}.mlp.linear_fc1.": "ffn_hidden_size",
+    "decoder.layers.{l}.mlp.experts.experts.{e}.linear_fc1.": "moe_ffn_hidden_size",
 }
 
 
@@ -163,14 +232,11 @@ def _size_problems(item: PlanItem, config: Mapping[str, Any]) -> list[str]:
 
 
 def _gated_problems(item: PlanItem, config: Mapping[str, Any]) -> list[str]:
-    """A gated MLP's two halves against `ffn_hidden_size`."""
-    wanted = config.get("ffn_hidden_size")
+    """A gated MLP's two halves against the configuration's size."""
     transform = item.rule.transform
-    if (
-        wanted is None
-        or not item.rule.megatron.startswith("decoder.layers.{l}.mlp.linear_fc1.")
-        or not isinstance(transform, Concatenate)
-    ):
+    field = next((field for start, field in _GATED.items() if item.rule.megatron.startswith(start)), None)
+    wanted = None if field is None else config.get(field)
+    if wanted is None or not isinstance(transform, Concatenate):
         return []
     found = item.shape[0] // transform.count
-    return [] if found == wanted else [f"its parts have {found} rows, the configuration's ffn_hidden_size is {wanted}"]
+    return [] if found == wanted else [f"its parts have {found} rows, the configuration's {field} is {wanted}"]

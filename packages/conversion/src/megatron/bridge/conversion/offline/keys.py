@@ -1,66 +1,95 @@
-"""Where a weight lies in a Megatron distributed checkpoint: its key, and its place along the layer axis.
+"""Where a weight lies in a Megatron distributed checkpoint: its key, and its place along the key's leading axes.
 
 Layers that are all alike are stacked: `decoder.layers.3.mlp.linear_fc2.weight` is entry 3 of the leading axis of
-`decoder.layers.mlp.linear_fc2.weight`. Models whose layers differ in kind keep a key per layer.
+`decoder.layers.mlp.linear_fc2.weight`. Models whose layers differ in kind keep a key per layer. Experts are always
+stacked, behind the layers: expert 5 of layer 3 is entry (3, 5) of
+`decoder.layers.mlp.experts.experts.linear_fc1.weight`, or entry 5 of
+`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import NamedTuple
 
+from megatron.bridge.conversion.names import NamePattern, skeleton
 from megatron.bridge.conversion.plan import Plan, PlanError
-from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Shape
 
+# What precedes the index of a layer, and of an expert; the index goes when the axis comes.
+_LAYERS = ".layers."
 _LAYER_INDEX = ".layers.{l}."
-_STACKED_INDEX = ".layers."
+_EXPERT_INDEX = ".experts.{e}."
+_STACKED_EXPERTS = ".experts."
+# Layers of multi-token prediction have a key each, however alike they are.
+_NEVER_STACKED = "mtp."
 # Megatron-Core's linear layers keep a state besides weights: empty here, but its loaders ask for it.
 _WITH_EXTRA_STATE = re.compile(r"(.*\.linear_\w+)\.weight")
 
 
 class Place(NamedTuple):
-    """A key and, when layers are stacked, the entry of the leading axis and the axis' length."""
+    """A key, and (entry, length) of each leading axis that comes before the weight's own."""
 
     key: str
-    layer: int | None = None
-    layers: int | None = None
+    axes: tuple[tuple[int, int], ...] = ()
 
     @property
     def leading(self) -> Shape:
         """Offsets that come before the weight's own axes."""
-        return () if self.layer is None else (self.layer,)
+        return tuple(entry for entry, _ in self.axes)
 
     def global_shape(self, shape: Shape) -> Shape:
         """The key's shape, given the weight's."""
-        return shape if self.layers is None else (self.layers, *shape)
+        return (*(length for _, length in self.axes), *shape)
 
 
 def places(plan: Plan) -> dict[str, Place]:
     """Canonical name -> place, for every weight of a plan.
 
     Raises:
-        PlanError: a weight has an index besides its layer; how Megatron-Core stores those is not known here.
+        PlanError: a weight has an index besides its layer and expert; how Megatron-Core stores those is not known here.
     """
-    by_rule: dict[str, dict[int, Shape]] = defaultdict(dict)
-    for item in plan:
-        indices = item.rule.pattern.match(item.megatron) or {}
-        if not indices:
-            continue
-        if set(indices) != {"l"} or _LAYER_INDEX not in item.rule.megatron:
-            raise PlanError(f"{item.megatron}: the offline conversion cannot place it; convert without --offline")
-        by_rule[item.rule.megatron][indices["l"]] = item.shape
-    layers = 1 + max((layer for shapes in by_rule.values() for layer in shapes), default=-1)
-    alike = all(len(shapes) == layers and len(set(shapes.values())) == 1 for shapes in by_rule.values())
+    layers = 1 + max((item.indices["l"] for item in plan if _stackable(item.rule)), default=-1)
+    experts = _expert_counts(plan)
+    alike = _layers_alike(plan, layers)
     found = {}
     for item in plan:
-        indices = item.rule.pattern.match(item.megatron) or {}
-        if indices and alike:
-            key = item.rule.megatron.replace(_LAYER_INDEX, _STACKED_INDEX)
-            found[item.megatron] = Place(key, indices["l"], layers)
-        else:
-            found[item.megatron] = Place(item.megatron)
+        indices, key, axes = item.indices, item.rule.megatron, []
+        if _stackable(item.rule) and alike:
+            key = key.replace(_LAYER_INDEX, _LAYERS)
+            axes.append((indices["l"], layers))
+        if _EXPERT_INDEX in key:
+            key = key.replace(_EXPERT_INDEX, _STACKED_EXPERTS)
+            axes.append((indices["e"], experts[item.rule.megatron, indices.get("l")]))
+        if not set(indices) <= {"l", "e"} or "{e}" in key or ("{l}" in key and _LAYER_INDEX not in key):
+            raise PlanError(f"{item.megatron}: the offline conversion cannot place it; convert without --offline")
+        found[item.megatron] = Place(NamePattern(key).format(indices) if "{" in key else key, tuple(axes))
     return found
+
+
+def _stackable(rule: WeightRule) -> bool:
+    return _LAYER_INDEX in rule.megatron and not rule.megatron.startswith(_NEVER_STACKED)
+
+
+def _expert_counts(plan: Plan) -> dict[tuple[str, int | None], int]:
+    """(rule, layer) -> experts."""
+    counts: dict[tuple[str, int | None], int] = defaultdict(int)
+    for item in plan:
+        if "e" in item.indices:
+            key = item.rule.megatron, item.indices.get("l")
+            counts[key] = max(counts[key], item.indices["e"] + 1)
+    return counts
+
+
+def _layers_alike(plan: Plan, layers: int) -> bool:
+    """Whether every layer has the same weights in the same shapes."""
+    held: dict[tuple[str, int | None], dict[int, Shape]] = defaultdict(dict)
+    for item in plan:
+        if _stackable(item.rule):
+            held[item.rule.megatron, item.indices.get("e")][item.indices["l"]] = item.shape
+    return all(len(shapes) == layers and len(set(shapes.values())) == 1 for shapes in held.values())
 
 
 def extra_state_keys(found: Iterable[Place]) -> list[str]:
@@ -69,24 +98,61 @@ def extra_state_keys(found: Iterable[Place]) -> list[str]:
     for place in found:
         linear = _WITH_EXTRA_STATE.fullmatch(place.key)
         if linear:
-            shard = "shard_0_1" if place.layer is None else f"shard_{place.layer}_{place.layers}"
+            entries, lengths = zip(*(place.axes or ((0, 1),)), strict=True)
+            shard = f"shard_{'.'.join(map(str, entries))}_{'.'.join(map(str, lengths))}"
             keys.append(f"{linear[1]}._extra_state/{shard}")
     return keys
 
 
 def stored_weights(table: WeightTable, keys: Mapping[str, Shape]) -> dict[str, tuple[Place, Shape]]:
     """Canonical name -> (place, shape) of what a checkpoint stores; keys that no rule knows keep their own name."""
-    stacked = {
-        rule.megatron.replace(_LAYER_INDEX, _STACKED_INDEX): rule
-        for rule in table.rules
-        if rule.pattern.indices == ("l",) and _LAYER_INDEX in rule.megatron
-    }
+    stacked = _stacked_forms(table)
     found: dict[str, tuple[Place, Shape]] = {}
     for key, shape in keys.items():
-        rule = None if table.resolve(key) else stacked.get(key)
-        if rule is None or not shape:
+        met = None if table.resolve(key) else _stacked(key, shape, stacked)
+        if met is None:
             found[key] = Place(key), shape
             continue
-        for layer in range(shape[0]):
-            found[rule.pattern.format({"l": layer})] = Place(key, layer, shape[0]), shape[1:]
+        pattern, indices, axes = met
+        lengths = shape[: len(axes)]
+        for entries in product(*map(range, lengths)):
+            name = pattern.format(indices | dict(zip(axes, entries, strict=True)))
+            found[name] = Place(key, tuple(zip(entries, lengths, strict=True))), shape[len(axes) :]
     return found
+
+
+class _Form(NamedTuple):
+    """A spelling of a rule's key in which some indices are axes."""
+
+    key: NamePattern
+    axes: tuple[str, ...]
+    rule: WeightRule
+
+
+def _stacked_forms(table: WeightTable) -> dict[str, list[_Form]]:
+    """Every key under which a checkpoint may stack a rule's weights, by skeleton."""
+    forms: dict[str, list[_Form]] = defaultdict(list)
+    for rule in table.rules:
+        for form in _forms(rule):
+            forms[form.key.skeleton].append(form)
+    return forms
+
+
+def _forms(rule: WeightRule) -> Iterator[_Form]:
+    single = rule.megatron
+    if "e" in rule.pattern.indices:
+        single = single.replace(_EXPERT_INDEX, _STACKED_EXPERTS)
+        yield _Form(NamePattern(single), ("e",), rule)
+    if _stackable(rule):
+        axes = ("l", "e") if single != rule.megatron else ("l",)
+        yield _Form(NamePattern(single.replace(_LAYER_INDEX, _LAYERS)), axes, rule)
+
+
+def _stacked(
+    key: str, shape: Shape, forms: Mapping[str, list[_Form]]
+) -> tuple[NamePattern, dict[str, int], tuple[str, ...]] | None:
+    for form in forms.get(skeleton(key), ()):
+        indices = form.key.match(key)
+        if indices is not None and len(shape) >= len(form.axes) and all(shape):
+            return form.rule.pattern, indices, form.axes
+    return None
