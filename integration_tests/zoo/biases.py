@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.live_weights import canonical_weights
 from megatron.bridge.peft.bitfit import BitFit
 from megatron.bridge.testing.families import FamilyCase, FamilyMismatch
@@ -33,7 +34,8 @@ def train_biases(case: FamilyCase, fields: Mapping[str, Any]) -> None:
             if bias.grad is not None:
                 bias.sub_(bias.grad)
     biases = {name for name, each in canonical_weights([model]).items() if any(each is other for other in trained)}
-    allowed = {hf for item in bridge.get_conversion_tasks(model) if item.megatron in biases for hf in item.hf}
+    tasks = bridge.get_conversion_tasks(model)
+    allowed = {base_name(hf) for item in tasks if item.megatron in biases for hf in item.hf}
     changed = {name for name, each in bridge.export_hf_weights(model) if not torch.equal(each, case.weights[name])}
     if not changed or not changed <= allowed:
         raise FamilyMismatch(f"{case.name}: BitFit changed {sorted(changed - allowed) or 'nothing'}")

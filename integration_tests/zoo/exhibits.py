@@ -1,14 +1,15 @@
 """The zoo's inhabitants: the tiny configurations of the family tests, by architecture."""
 
 import importlib.util
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron.bridge.errors import BridgeError, did_you_mean
+from megatron.bridge.registry import Registry
 from megatron.bridge.testing.families import FamilyCase, family_case
 
 FAMILY_TESTS = Path(__file__).parents[2] / "packages/models/tests"
@@ -16,21 +17,20 @@ FAMILY_TESTS = Path(__file__).parents[2] / "packages/models/tests"
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One tiny configuration.
-
-    A test module offers `CONFIGS` (name -> configuration), and where a case takes more than a configuration (images,
-    decoder inputs) `make_case(name, folder)` besides.
-    """
+    """One tiny configuration, which a module of family tests offers in its `CONFIGS`."""
 
     name: str
     config: Any
-    module: ModuleType
+    # What config.json says where models are published under a name of their own for another's class.
+    published_as: str | None = None
 
     @property
     def architecture(self) -> str:
         """The class that transformers makes of the configuration, as `config.json` will name it."""
         from transformers.models.auto import modeling_auto
 
+        if self.published_as is not None:
+            return self.published_as
         kind = self.config.model_type
         stated = getattr(self.config, "architectures", None) or []
         for names in (
@@ -44,9 +44,10 @@ class Exhibit:
 
     def case(self, root: Path) -> FamilyCase:
         """A random model of it below `root`, with transformers' answer."""
-        made = getattr(self.module, "make_case", None)
-        folder = root / self.name
-        case: FamilyCase = made(self.name, folder) if made else family_case(self.config, folder, self.name)
+        case = family_case(self.config, root / self.name, self.name)
+        if self.published_as is not None:
+            file = case.folder / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [self.published_as]}))
         return case
 
 
@@ -60,7 +61,17 @@ def exhibits(folder: Path = FAMILY_TESTS) -> dict[str, list[Exhibit]]:
                 raise BridgeError(f"{path} and {names[exhibit.name]} both have a case {exhibit.name!r}; rename one")
             names[exhibit.name] = path
             found[exhibit.architecture].append(exhibit)
+    for name, known in _other_names(found).items():
+        first = found[known][0]
+        found[name] = [Exhibit(f"{first.name}-as-{name}", first.config, published_as=name)]
     return dict(sorted(found.items()))
+
+
+def _other_names(found: Container[str]) -> dict[str, str]:
+    """Offered architecture that no case has -> one that the very same bridge serves and some case has."""
+    offers = Registry[object]("megatron.bridge.model_bridges", object, "model bridge").offers()
+    served = {offer.target: offer.name for offer in offers if offer.name in found}
+    return {offer.name: served[offer.target] for offer in offers if offer.name not in found and offer.target in served}
 
 
 def _of_module(path: Path) -> Iterator[Exhibit]:
@@ -71,7 +82,7 @@ def _of_module(path: Path) -> Iterator[Exhibit]:
     spec.loader.exec_module(module)
     configs: Mapping[str, Any] = getattr(module, "CONFIGS", {})
     for name, config in configs.items():
-        yield Exhibit(name, config, module)
+        yield Exhibit(name, config)
 
 
 def chosen(names: tuple[str, ...], architectures: dict[str, list[Exhibit]]) -> list[str]:

@@ -100,7 +100,7 @@ def is_current(capability: Capability, exhibits: Sequence[Exhibit], *, quick: bo
 
 
 def outcomes(attempt: Attempt, cases: Sequence[FamilyCase], layout: str) -> dict[str, Any]:
-    """Case -> what `attempt(case, fields)` returned on rank 0, or `Failed`; after a crash each case is tried alone."""
+    """Case -> what `attempt(case, fields)` returned on rank 0, or `Failed`; what fails in company is tried alone."""
     fields = layout_fields(layout)
     if not cases:
         return {}
@@ -109,9 +109,11 @@ def outcomes(attempt: Attempt, cases: Sequence[FamilyCase], layout: str) -> dict
             ranks_of(fields), _one_after_another, attempt, cases, fields, timeout=SECONDS * len(cases)
         )[0]
     except BridgeError as error:
-        if len(cases) == 1:
-            return {cases[0].name: Failed(_reason(error))}
-        return {name: each for case in cases for name, each in outcomes(attempt, [case], layout).items()}
+        found = {case.name: Failed(_reason(error)) for case in cases}
+    if len(cases) > 1:
+        for case in cases:
+            if isinstance(found[case.name], Failed):
+                found |= outcomes(attempt, [case], layout)
     return found
 
 

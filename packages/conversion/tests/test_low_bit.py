@@ -301,3 +301,25 @@ def test_a_large_weight_is_decoded_in_strips(tmp_path):
     expanded = scale.repeat_interleave(48, 0)[:1300].repeat_interleave(40, 1)[:, :96]
     assert torch.equal(read(source, "a.weight"), (weight.float() * expanded).bfloat16())
     assert math.prod(source.shapes["a.weight"]) == 1300 * 96
+
+
+def test_gpt_oss_in_mxfp4_has_the_names_and_shapes_of_transformers_own_full_precision(tmp_path):
+    from transformers import GptOssConfig
+
+    from megatron.bridge.testing import save_random_model
+
+    config = GptOssConfig(
+        vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_local_experts=4, head_dim=16
+    )
+    full = save_random_model(config, tmp_path / "full")
+    tensors = {}
+    for name, tensor in full.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, inner, outer = tensor.shape
+        held = (experts, outer, inner // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*held, 16), dtype=torch.uint8, generator=GENERATOR)
+        tensors[f"{name}_scales"] = torch.randint(120, 130, held, dtype=torch.uint8, generator=GENERATOR)
+    source = opened(tmp_path / "mxfp4", tensors, {"quant_method": "mxfp4"}, torch.bfloat16)
+    assert dict(source.shapes) == {name: tuple(tensor.shape) for name, tensor in full.items()}

@@ -29,9 +29,10 @@ def changed_values(bridge: "MegatronModelBridge", model: "Model") -> dict[str, A
     """Configuration values in which `model` differs from the bridge's configuration: fewer layers, more tokens, ..."""
     chunk = as_chunks(model)[0]
     held = {name: _value(chunk, field) for field, name in bridge.shared_fields.items()}
-    return {
+    changed = {
         name: value for name, value in held.items() if value is not None and value != getattr(bridge.hf_config, name)
     }
+    return changed | bridge.further_changes(chunk.config)
 
 
 def with_values(config: "PretrainedConfig", values: Mapping[str, Any]) -> "PretrainedConfig":

@@ -1,7 +1,7 @@
 """`MegatronModelBridge`: what a model family says about itself, and where families are found."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightTable
@@ -9,6 +9,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers import PretrainedConfig
 
 
@@ -28,6 +29,8 @@ class MegatronModelBridge(ABC):
 
     def __init__(self, hf_config: "PretrainedConfig") -> None:
         self.hf_config = hf_config
+        # Names of the weights that the source holds, where there is one: what a configuration may leave open.
+        self.weight_names: Callable[[], Collection[str] | None] = lambda: None
 
     @abstractmethod
     def provider_bridge(self) -> Any:
@@ -55,6 +58,10 @@ class MegatronModelBridge(ABC):
         if absent:
             raise BridgeError(f"the configuration ({type(self.hf_config).__name__}) lacks {', '.join(absent)}")
         return {field: getattr(self.hf_config, name) for field, name in self.shared_fields.items()}
+
+    def further_changes(self, config: "TransformerConfig") -> dict[str, Any]:
+        """Configuration values, beside the shared fields, in which a model that was built with `config` differs."""
+        return {}
 
     @staticmethod
     def register_bridge(

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 
 from megatron.bridge.conversion.entries import without_entries
-from megatron.bridge.conversion.names import Indices
+from megatron.bridge.conversion.names import Indices, NamePattern
 from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Shape
 from megatron.bridge.errors import BridgeError
@@ -186,7 +186,7 @@ def _check_gaps(items: Iterable[PlanItem], problems: _Problems) -> None:
     for item in items:
         indices = item.indices
         if "l" in indices:
-            layers.add(indices["l"])
+            layers.add(_hf_layer(item))
         if "e" in indices:
             experts[item.rule.megatron, indices.get("l")].add(indices["e"])
     for layer in _gaps(layers):
@@ -198,6 +198,11 @@ def _check_gaps(items: Iterable[PlanItem], problems: _Problems) -> None:
 
 def _gaps(held: set[int]) -> list[int]:
     return sorted(set(range(max(held, default=-1) + 1)) - held)
+
+
+def _hf_layer(item: PlanItem) -> int:
+    """The item's layer as Hugging Face counts, which goes on where Megatron-Core begins anew (prediction layers)."""
+    return item.indices.get("l", 0) + NamePattern(item.rule.hf_names[0]).offset("l")
 
 
 def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, ...]:
@@ -212,6 +217,6 @@ def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, 
         place = position[item.rule.megatron]
         indices = item.indices
         part = 1 if indices else (0 if place < first_layered else 2)
-        return part, indices.get("l", 0), place, indices.get("e", 0)
+        return part, _hf_layer(item), place, indices.get("e", 0)
 
     return tuple(sorted(items, key=key))

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.hf_config import read_config
 from megatron.bridge.conversion.live_weights import as_chunks
+from megatron.bridge.conversion.transforms import whole
+from megatron.bridge.conversion.weight_source import QUANTIZATION_KEYS, quantization_config
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     import torch
 
     from megatron.bridge.conversion.live import Model
+    from megatron.bridge.conversion.weight_source import StoredWeights
 
 # Largest |difference| / largest |reference| that counts as the same function, by parameter dtype. In fp32 it leaves
 # room for another order of summation; bf16 and fp16 have 8 and 11 bits.
@@ -28,6 +32,7 @@ class Certificate:
     """What was compared and what came out.
 
     `logit_difference` is max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
+    `low_bit` is how the folder's weights are quantised; both sides then had the weights that they stand for.
     """
 
     model: str
@@ -40,6 +45,7 @@ class Certificate:
     logit_difference: float
     logit_tolerance: float
     versions: Mapping[str, str] = field(default_factory=dict)
+    low_bit: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -66,18 +72,35 @@ class Certificate:
             )
 
 
-def reference_logits(folder: Path, input_ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device."""
-    from transformers import AutoConfig
+def reference_logits(
+    folder: Path,
+    input_ids: "torch.Tensor",
+    dtype: "torch.dtype",
+    decoded: "Mapping[str, torch.Tensor] | None" = None,
+) -> "torch.Tensor":
+    """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device.
+
+    Args:
+        folder: the model.
+        input_ids: token ids [batch, sequence].
+        dtype: to compute in.
+        decoded: its weights in full precision, where the folder holds them in few bits: to read those, transformers
+            needs packages of its own for each format.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
     from megatron.bridge.conversion.reference import logits_of, model_class
 
     disable_progress_bar()
-    found = model_class(AutoConfig.from_pretrained(str(folder)))
-    model = found.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
-    return logits_of(model, input_ids.to(platform.device()))
+    config = read_config(folder)
+    if decoded is None:
+        model = model_class(config).from_pretrained(str(folder), dtype=dtype)
+    else:
+        for name in QUANTIZATION_KEYS:
+            vars(config).pop(name, None)
+        model = model_class(config).from_pretrained(None, config=config, state_dict=dict(decoded), dtype=dtype)
+    return logits_of(model.to(platform.device()).eval(), input_ids.to(platform.device()))
 
 
 def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":
@@ -123,7 +146,9 @@ def verify(
     compared, differing, dtype = _compare_weights(bridge, model)
     tokens = probe_tokens(bridge.hf_config.vocab_size).to(platform.device())
     ours = megatron_logits(model, tokens)[..., : bridge.hf_config.vocab_size]
-    difference = relative_difference(ours, reference_logits(folder, tokens, dtype))
+    quantization = quantization_config(bridge.source)  # type: ignore[arg-type]
+    decoded = None if quantization is None else _decoded(bridge)
+    difference = relative_difference(ours, reference_logits(folder, tokens, dtype, decoded))
     name = str(dtype).removeprefix("torch.")
     return Certificate(
         model=str(folder),
@@ -136,24 +161,36 @@ def verify(
         logit_difference=difference,
         logit_tolerance=LOGIT_TOLERANCE[name],
         versions=_versions(),
+        low_bit=None if quantization is None else str(quantization["quant_method"]),
     )
+
+
+def _decoded(bridge: AutoBridge) -> "dict[str, torch.Tensor]":
+    source = bridge.stored_weights
+    return {name: source.read(name, whole(shape)) for name, shape in source.shapes.items()}
 
 
 def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str], torch.dtype]":
     """(weights compared, those that differ or stand on one side only, dtype). Bitwise, dtype included."""
     import torch
 
-    source = bridge.source.weights  # type: ignore[union-attr]
+    source = bridge.stored_weights
     differing, seen, dtype = [], set(), torch.float32
     for name, tensor in bridge.export_hf_weights(model, cpu=True):
         seen.add(name)
         dtype = tensor.dtype if tensor.is_floating_point() else dtype
-        if name not in source or not torch.equal(source.read(name), tensor) or source[name].dtype != tensor.dtype:
+        if not _holds(source, name, tensor):
             differing.append(name)
     table = bridge.model_bridge.mapping_registry()
     tied = {tie.name for tie in table.tied}
-    differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
+    differing += [name for name in source.shapes if name not in seen and name not in tied and not table.ignores(name)]
     return len(seen), differing, dtype
+
+
+def _holds(source: "StoredWeights", name: str, tensor: "torch.Tensor") -> bool:
+    if source.dtypes.get(name) != tensor.dtype or source.shapes[name] != tuple(tensor.shape):
+        return False
+    return source.read(name, whole(source.shapes[name])).equal(tensor)
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial as bound
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
 from megatron.bridge.conversion.entries import base_name, entry_of
@@ -17,11 +17,14 @@ from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.hf.names import INDEX
 from megatron.bridge.conversion.hf.shard_files import ShardFile, ShardLayout, TensorSpec, lay_out
 from megatron.bridge.conversion.hf.staging import StagedFolder
+from megatron.bridge.conversion.low_bit.encoders import Encoder, encoder_of
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
 from megatron.bridge.conversion.offline.index import refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
+from megatron.bridge.conversion.offline.keys import refuse_named_blocks
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
+from megatron.bridge.conversion.save import config_changes
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +41,7 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
         BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
     """
     table, what = bridge.model_bridge.mapping_registry(), f"export of {path}"
+    refuse_named_blocks(table.rules)
     weights = MegatronWeights(path, table)
     plan = export_plan(table, weights.shapes, what)
     refuse_other_model(plan, bridge.model_bridge, what)
@@ -54,6 +58,7 @@ def export_checkpoint(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     max_shard_bytes: float = MAX_SHARD_BYTES,
+    quantization: str | None = None,
     progress: "Progress | None" = None,
 ) -> Path:
     """Convert a Megatron checkpoint, written at whatever layout, to a complete Hugging Face folder.
@@ -69,6 +74,7 @@ def export_checkpoint(
         trust_remote_code: run the configuration code that the model ships.
         overwrite: replace a Hugging Face folder that is there.
         max_shard_bytes: size of one weight file.
+        quantization: as in `AutoBridge.save_hf_pretrained`.
         progress: called with (file, bytes) after each file.
 
     Raises:
@@ -79,7 +85,9 @@ def export_checkpoint(
     else:
         bridge = AutoBridge.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code)
     plan, weights = offline_export_plan(bridge, megatron_path)
-    tensors = _specs(plan, weights, dtype)
+    specs = _specs(plan, weights, dtype)
+    encoder = encoder_of(quantization, plan, f"export of {megatron_path}")
+    tensors = encoder.specs(specs)
     layouts = lay_out(tensors, max_shard_bytes)
     target = Path(hf_path).resolve()
     job = {
@@ -93,8 +101,9 @@ def export_checkpoint(
         staged = StagedFolder(target, overwrite=overwrite, needed_bytes=0, path=partial)
         journal = Journal(target.with_name(f".{target.name}.journal"), job)
         try:
-            _Export(partial, journal, plan, weights, layouts).run(workers, progress)
-            _complete(partial, bridge, layouts, tensors)
+            _Export(partial, journal, plan, weights, layouts, specs, encoder).run(workers, progress)
+            changes = config_changes([dtype for _, dtype in specs.values()], encoder)
+            _complete(partial, bridge, layouts, tensors, changes)
             staged.publish()
             journal.remove()
         finally:
@@ -124,14 +133,17 @@ class _Export:
         plan: Plan,
         weights: MegatronWeights,
         layouts: tuple[ShardLayout, ...],
+        specs: Mapping[str, TensorSpec],
+        encoder: Encoder,
     ) -> None:
         self._folder, self._journal, self._weights, self._layouts = folder, journal, weights, layouts
+        self._specs, self._encoder = specs, encoder
         # File -> the items that it holds something of, in plan order.
         self._items: dict[str, dict[str, PlanItem]] = {layout.file: {} for layout in layouts}
         file_of = {name: layout.file for layout in layouts for name in layout.tensors}
         for item in plan:
-            for name in item.hf:
-                self._items[file_of[base_name(name)]][item.megatron] = item
+            for output in (output for name in item.hf for output in encoder.outputs(base_name(name))):
+                self._items[file_of[output]][item.megatron] = item
         self._sync = BackgroundSync()
         self._lock = Lock()
 
@@ -168,20 +180,28 @@ class _Export:
 
     def _write_item(self, shard: ShardFile, item: PlanItem) -> list[Part]:
         """The weights of an item that this file holds; the others are written with theirs."""
-        import torch
-
         parts = []
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
-            weight, index = entry_of(name) or (name, 0)
-            stored = shard.layout.tensors.get(weight)
+            outputs = self._encoder.outputs(base_name(name))
+            if any(output in shard.layout.tensors for output in outputs):
+                parts += self._write_weight(shard, name, piece.to(self._specs[base_name(name)][1]))
+        return parts
+
+    def _write_weight(self, shard: ShardFile, name: str, weight: "torch.Tensor") -> list[Part]:
+        import torch
+
+        parts = []
+        for output, piece in self._encoder.encode(name, weight):
+            written, index = entry_of(output) or (output, 0)
+            stored = shard.layout.tensors.get(written)
             if stored is None:
                 continue
-            tensor = piece.to(stored.dtype).contiguous()
+            tensor = piece.contiguous()
             first = index * tensor.nbytes
-            shard.write(weight, tensor, first)
+            shard.write(written, tensor, first)
             crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            parts.append(Part(name, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
+            parts.append(Part(output, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
         return parts
 
 
@@ -195,7 +215,11 @@ def _refuse_small_disk(folder: Path, todo: list[ShardLayout]) -> None:
 
 
 def _complete(
-    folder: Path, bridge: AutoBridge, layouts: tuple[ShardLayout, ...], tensors: Mapping[str, TensorSpec]
+    folder: Path,
+    bridge: AutoBridge,
+    layouts: tuple[ShardLayout, ...],
+    tensors: Mapping[str, TensorSpec],
+    changes: Mapping[str, Any],
 ) -> None:
     """Index, companions and configuration; then the folder is read back."""
     if len(layouts) > 1:
@@ -208,8 +232,6 @@ def _complete(
     (folder / "config.json").unlink(missing_ok=True)
     if bridge.source is not None:
         copy_companions(bridge.source.folder, folder)
-    floating = {dtype for _, dtype in tensors.values() if dtype.is_floating_point}
-    changes = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
     write_config(folder, bridge.config_json(**changes))
     found = HFWeights(folder)
     differing = [name for name, (shape, dtype) in tensors.items() if found[name][:2] != (tuple(shape), dtype)]

@@ -123,6 +123,7 @@ class DenseBridge(MegatronModelBridge):
             fragments.embedding(config.vocab_size, names, self.norm_kinds),
             self.pre_norm_rules(differences),
             self.attention_rules(differences),
+            fragments.sinks(names) if differences.get("softmax_type") == "learnable" else [],
             fragments.post_norms(self.norm_kinds, names=names) if differences.get("post_norm") else [],
             mlp(bias=self.mlp_bias(), names=names),
             fragments.head(
