@@ -28,6 +28,33 @@ SIZES = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 CAPS = {"head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 5, "query_pre_attn_scalar": 24}
 GPT2 = {**TOKENS, "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 64}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 36,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
 REWARD, TAGS = {"num_labels": 1}, {"num_labels": 7}
 
 # architecture -> (transformers' model type, its configuration)
@@ -45,6 +72,8 @@ CASES = {
     "GPT2ForSequenceClassification": ("gpt2", GPT2 | REWARD),
     "GPT2ForTokenClassification": ("gpt2", GPT2 | TAGS),
     "BloomForTokenClassification": ("bloom", TOKENS | TAGS | {"hidden_size": 64, "n_layer": 4, "n_head": 4}),
+    "DeepseekV3ForTokenClassification": ("deepseek_v3", SIZES | LATENT | TAGS),
+    "Qwen3NextForSequenceClassification": ("qwen3_next", SIZES | DELTA | REWARD),
     "OPTForSequenceClassification": ("opt", SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 CONFIGS = {name: CONFIG_MAPPING[kind](**values, architectures=[name]) for name, (kind, values) in CASES.items()}

@@ -17,6 +17,7 @@ from transformers import (
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.dist_checkpoint import tensor_index
+from megatron.bridge.conversion.inspection import inspect_plan
 from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.conversion.offline.importer import import_checkpoint
 from megatron.bridge.conversion.verify import relative_difference
@@ -178,6 +179,25 @@ def test_a_checkpoint_written_at_one_layout_exports_at_another(cases, tmp_path):
     # As Megatron-Core's own mixer writes them: blocks of one projection under keys of their own.
     for key in ("in_proj.weight.z", "in_proj.weight.dt", "conv1d.weight.B", "conv1d.bias.x", "A_log", "norm.weight"):
         assert f"decoder.layers.1.mixer.{key}" in keys
+
+
+def sequence_parallel_logits(case):
+    """In one of two tensor-parallel ranks that share sequences outside of their layers."""
+    bridge = AutoBridge.from_hf_pretrained(case.folder)
+    model = bridge.to_megatron_model(tensor_model_parallel_size=2, sequence_parallel=True)
+    return megatron_logits(model, case.tokens[:, :82])[..., : SIZES["vocab_size"]]
+
+
+@pytest.mark.parametrize("name", ["mamba", "nemotron-h", "falcon-h1", "qwen3.5"])
+def test_logits_with_sequence_parallelism(cases, name):
+    for logits in run_ranks(2, sequence_parallel_logits, cases[name]):
+        assert relative_difference(logits, cases[name].logits[:, :82]) < TOLERANCE[name]
+
+
+def test_a_transform_of_many_runs_is_shown_in_short(cases):
+    rows = {row.megatron: row for row in inspect_plan(cases["qwen3-next-moe"].folder)}
+    assert rows["decoder.layers.0.self_attention.in_proj.weight"].transform == "GatherRows(...)"
+    assert "('query', 'key', 'value')" in rows["decoder.layers.0.self_attention.conv1d.weight"].shard
 
 
 def become_gradients(model):

@@ -11,7 +11,13 @@ from megatron.bridge.conversion.transforms import InMemory, PermuteRows
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
-from megatron.bridge.testing.families import compare, expect_same_weights, family_case, refuse_without_any_rule
+from megatron.bridge.testing.families import (
+    compare,
+    expect_same_keys,
+    expect_same_weights,
+    family_case,
+    refuse_without_any_rule,
+)
 
 # transformers has it as the language half of a vision model only.
 AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
@@ -103,9 +109,14 @@ def test_logits_and_round_trip_of_experts(cases, layout):
     assert len(compare([cases[name] for name in MOE_CASES], layout)) == 8
 
 
-@pytest.mark.parametrize("name", ["youtu", "minicpm3-long"])
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3", "minicpm3-long"])
 def test_without_any_one_rule_nothing_is_converted(cases, name):
     assert run_ranks(1, refuse_without_any_rule, cases[name])[0] > 10
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3", "youtu"])
+def test_the_tables_keys_are_megatron_cores(cases, name):
+    run_ranks(1, expect_same_keys, cases[name])
 
 
 def reload(case, root, written):

@@ -1,15 +1,18 @@
 """Multi-token prediction against transformers' own `MtpModel`: logits, round trips, and files without these layers."""
 
 import json
+import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig
 from transformers.modeling_layers import MtpModel
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.conversion.checkpoint_layout import resolve
 from megatron.bridge.conversion.logits import megatron_logits
+from megatron.bridge.conversion.offline import export_checkpoint, import_checkpoint
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks, save_random_model
@@ -170,6 +173,27 @@ def reload(folders, root, fields, written):
 def test_a_checkpoint_written_at_one_layout_exports_at_another(folders, tmp_path, written, read):
     for layout, again in ((written, False), (read, True)):
         run_ranks(2, reload, folders, tmp_path, LAYOUTS[layout][1], again)
+
+
+def described(root):
+    """Every key of a checkpoint: shape and dtype of tensors, None for objects."""
+    metadata = pickle.loads((resolve(root) / ".metadata").read_bytes())
+    return {
+        key: (tuple(entry.size), entry.properties.dtype) if hasattr(entry, "size") else None
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+
+
+def test_offline_the_same_checkpoint_as_a_model_writes_and_back(folders, tmp_path):
+    # One whose files hold none of the layers that its configuration states.
+    without = tmp_path / "made", save_random_model(CONFIGS["deepseek-v3"], tmp_path / "made"), None
+    for name, (folder, weights, _) in (folders | {"without": without}).items():
+        import_checkpoint(folder, tmp_path / "offline" / name)
+        run_ranks(1, reload, {name: (folder, weights, None)}, tmp_path / "live", {}, False)
+        assert described(tmp_path / "offline" / name) == described(tmp_path / "live" / name), name
+        run_ranks(2, reload, {name: (folder, weights, None)}, tmp_path / "offline", {PP: 2}, True)
+        export_checkpoint(tmp_path / "live" / name, tmp_path / "hf" / name)
+        assert_same(name, dict(load_file(tmp_path / "hf" / name / "model.safetensors")), weights)
 
 
 def drop_and_return(folder, out):

@@ -10,6 +10,7 @@ from megatron.bridge.conversion import hf_config as reader
 from megatron.bridge.conversion.foreign import refuse_foreign_bridge
 from megatron.bridge.conversion.heads import HeadedBridge, head_of, head_on, headed_architectures
 from megatron.bridge.conversion.hf import HFSource
+from megatron.bridge.conversion.hf.names import holds_weights
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
 from megatron.bridge.errors import BridgeError, did_you_mean
 from megatron.bridge.registry import UnknownPlugin
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.live import Model, Progress, WeightSource
     from megatron.bridge.conversion.live_export import Bucket, Exporter
     from megatron.bridge.conversion.plan import Plan
+    from megatron.bridge.conversion.table import WeightTable
     from megatron.bridge.conversion.weight_source import StoredWeights
 
 refuse_foreign_bridge()
@@ -197,7 +199,7 @@ class AutoBridge:
         from megatron.bridge.conversion.live import load_weights
 
         source, what = self._weight_source(weights)
-        table, kept = self.model_bridge.mapping_registry(), tuple[str, ...]()
+        table, kept = self.weight_table(source.shapes), tuple[str, ...]()
         if weights is None and isinstance(self.model_bridge, HeadedBridge) and self.model_bridge.is_new:
             table, kept = self.model_bridge.headless_table(), self.model_bridge.head_weights()
         return load_weights(model, table, source, f"import of {what}", progress, process_groups, kept)
@@ -229,6 +231,18 @@ class AutoBridge:
 
     # --- out of Megatron
 
+    def weight_table(self, names: "Iterable[str] | None" = None) -> "WeightTable":
+        """The family's table, with Hugging Face names as `names` (of weights) spell them; None takes the source's."""
+        table = self.model_bridge.mapping_registry()
+        if not table.spellings:
+            return table
+        return table.spelled(self._source_names() if names is None else names)
+
+    def _source_names(self) -> "Iterable[str]":
+        if self.source is None or not any(map(holds_weights, self.source.folder.iterdir())):
+            return ()
+        return self.stored_weights.shapes
+
     def get_conversion_tasks(
         self,
         model: "Model",
@@ -252,7 +266,7 @@ class AutoBridge:
         """
         from megatron.bridge.conversion.live_export import Exporter
 
-        table = self.describing(model).model_bridge.mapping_registry()
+        table = self.describing(model).weight_table()
         return Exporter(model, table, dtype=dtype, process_groups=process_groups, rank_timeout=rank_timeout)
 
     def describing(self, model: "Model") -> "AutoBridge":

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SUFFIXES = ("ForSequenceClassification", "ForTokenClassification")
+# Architectures that are more than a decoder; transformers lists some of them among the causal language models.
+_OF_PARTS = "ForConditionalGeneration"
 # Families whose token classifiers are older than transformers' shared one; their head has a bias in any case.
 _WITH_CLASSIFIER = ("Bloom", "BioGpt", "Falcon", "GPT2", "GPTBigCode", "GPTNeo", "GPTNeoX", "Mpt")
 _OUTPUT = "output_layer."
@@ -101,7 +103,7 @@ def _known_heads() -> dict[str, Head]:
     ):
         for kind, architecture in names.items():
             own = per_token and architecture.removesuffix("ForTokenClassification") in _WITH_CLASSIFIER
-            if kind in decoders:
+            if kind in decoders and not decoders[kind].endswith(_OF_PARTS):
                 weight = "classifier" if own else "score"
                 found[architecture] = Head(decoders[kind], weight, per_token, always_bias=own)
     return found

@@ -9,6 +9,8 @@ from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.plan import Plan
 from megatron.bridge.conversion.transforms import Shape
 
+_LONGEST = 100  # characters of a transform's or shard rule's values that are shown
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -69,8 +71,9 @@ def _rows(plan: Plan, dtypes: Mapping[str, Any]) -> list[PlanRow]:
 
 
 def _named(value: Any) -> str:
-    """`Blocks(0, 2)` for a dataclass."""
-    return f"{type(value).__name__}({', '.join(repr(getattr(value, field.name)) for field in fields(value))})"
+    """`Blocks(0, 2)` for a dataclass; values that would fill a screen are left out."""
+    values = ", ".join(repr(getattr(value, field.name)) for field in fields(value))
+    return f"{type(value).__name__}({values if len(values) <= _LONGEST else '...'})"
 
 
 def as_json(rows: Iterable[PlanRow]) -> list[dict[str, Any]]:

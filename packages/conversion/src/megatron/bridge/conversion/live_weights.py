@@ -15,6 +15,7 @@ from megatron.bridge.errors import BridgeError
 
 # Experts as modules of their own (any layer spec), and as numbered weights of one module (Transformer Engine's).
 _EXPERT_MODULE = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(.+)")
+_OUTPUT = "output_layer.weight"
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
 # A layer for multi-token prediction: its module, and what checkpoints call it.
 _PREDICTION_MODULE, _PREDICTION_KEY = "mtp_model_layer", "transformer_layer"
@@ -72,8 +73,8 @@ class _Names:
         self._first_expert = experts // layout.expert_size * layout.expert_rank
 
     def canonical(self, name: str) -> str:
-        if self._tied and name == "output_layer.weight":
-            return "embedding.word_embeddings.weight"
+        if self._tied and (name == _OUTPUT or name.endswith(f".{_OUTPUT}")):
+            return name.removesuffix(_OUTPUT) + "embedding.word_embeddings.weight"
         for prefix, (canonical_prefix, renamed) in self._prefixes.items():
             if name.startswith(prefix):
                 inner = name.removeprefix(prefix)

@@ -155,7 +155,7 @@ def _join(table: WeightTable, megatron: Mapping[str, Shape], problems: _Problems
             problems.add(_NO_RULE_MEGATRON, f"{name} {list(shape)}")
             continue
         rule, indices = met
-        used.add(rule.megatron)
+        used.add(rule.tree or rule.megatron)
         items.append(PlanItem(name, shape, rule.hf_for(indices), tuple(rule.transform.hf_shapes(shape)), rule))
     for rule in table.rules:
         if rule.megatron not in used and not rule.optional:
@@ -214,7 +214,7 @@ def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, 
     first_layered = next((index for index, rule in enumerate(table.rules) if rule.pattern.indices), len(table.rules))
 
     def key(item: PlanItem) -> tuple[int, int, int, int]:
-        place = position[item.rule.megatron]
+        place = position[item.rule.tree or item.rule.megatron]
         indices = item.indices
         part = 1 if indices else (0 if place < first_layered else 2)
         return part, _hf_layer(item), place, indices.get("e", 0)

@@ -37,7 +37,7 @@ def save_hf_folder(
     quantization: str | None = None,
 ) -> Path:
     """See `AutoBridge.save_hf_pretrained`. Collective."""
-    exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}", dtype=dtype)
+    exporter = Exporter(model, bridge.weight_table(), f"export to {path}", dtype=dtype)
     encoder = encoder_of(quantization, exporter.plan, f"export to {path}")
     dtypes = exporter.dtypes
     tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}

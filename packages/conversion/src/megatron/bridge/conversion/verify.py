@@ -72,17 +72,11 @@ class Certificate:
             )
 
 
-def reference_logits(
-    folder: Path,
-    input_ids: "torch.Tensor",
-    dtype: "torch.dtype",
-    decoded: "Mapping[str, torch.Tensor] | None" = None,
-) -> "torch.Tensor":
-    """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device.
+def reference_model(folder: Path, dtype: "torch.dtype", decoded: "Mapping[str, torch.Tensor] | None" = None) -> Any:
+    """transformers' own model of a folder, on this process's device.
 
     Args:
         folder: the model.
-        input_ids: token ids [batch, sequence].
         dtype: to compute in.
         decoded: its weights in full precision, where the folder holds them in few bits: to read those, transformers
             needs packages of its own for each format.
@@ -90,7 +84,7 @@ def reference_logits(
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
-    from megatron.bridge.conversion.reference import logits_of, model_class
+    from megatron.bridge.conversion.reference import model_class
 
     disable_progress_bar()
     config = read_config(folder)
@@ -100,14 +94,7 @@ def reference_logits(
         for name in QUANTIZATION_KEYS:
             vars(config).pop(name, None)
         model = model_class(config).from_pretrained(None, config=config, state_dict=dict(decoded), dtype=dtype)
-    return logits_of(model.to(platform.device()).eval(), input_ids.to(platform.device()))
-
-
-def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":
-    """Token ids [batch, sequence] that are the same on every rank and in every run."""
-    import torch
-
-    return torch.randint(0, vocab_size, (batch, sequence), generator=torch.Generator().manual_seed(20))
+    return model.to(platform.device()).eval()
 
 
 def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
@@ -135,6 +122,8 @@ def verify(
     """
     from megatron.bridge import platform
     from megatron.bridge.conversion.logits import megatron_logits
+    from megatron.bridge.conversion.probes import probe
+    from megatron.bridge.conversion.reference import logits_of
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     if model is None:
@@ -144,11 +133,12 @@ def verify(
         else:
             model = bridge.load_megatron_model(megatron_path, **options)
     compared, differing, dtype = _compare_weights(bridge, model)
-    tokens = probe_tokens(bridge.hf_config.vocab_size).to(platform.device())
-    ours = megatron_logits(model, tokens)[..., : bridge.hf_config.vocab_size]
     quantization = quantization_config(bridge.source)  # type: ignore[arg-type]
-    decoded = None if quantization is None else _decoded(bridge)
-    difference = relative_difference(ours, reference_logits(folder, tokens, dtype, decoded))
+    reference = reference_model(folder, dtype, None if quantization is None else _decoded(bridge))
+    given = probe(bridge.model_bridge, reference).to(platform.device())
+    expected = logits_of(reference, given.tokens, given.inputs)
+    ours = megatron_logits(model, given.tokens, given.inputs)[..., : expected.shape[-1]]
+    difference = relative_difference(ours, expected)
     name = str(dtype).removeprefix("torch.")
     return Certificate(
         model=str(folder),
@@ -181,7 +171,7 @@ def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str
         dtype = tensor.dtype if tensor.is_floating_point() else dtype
         if not _holds(source, name, tensor):
             differing.append(name)
-    table = bridge.model_bridge.mapping_registry()
+    table = bridge.weight_table()
     tied = {tie.name for tie in table.tied}
     differing += [name for name in source.shapes if name not in seen and name not in tied and not table.ignores(name)]
     return len(seen), differing, dtype

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1) -> "PreTrainedModel":
-    """A model of `config` (of its architecture, else a causal language model) in which no weight has a special value.
+    """A model of `config` (of its architecture, else of its kind) in which no weight has a special value.
 
     Freshly made norms are all ones and biases all zeros, and a conversion could mix those up unseen.
 

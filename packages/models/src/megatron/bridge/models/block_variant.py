@@ -69,6 +69,9 @@ class BlockVariant:
         moe_multiplier: factor on what a mixture of experts gives.
         latent_norm_epsilon: epsilon of the norms on multi-latent attention's latents (None: as other norms').
         group_ranking: groups of experts are ranked by this many of their best experts (None: Megatron-Core's way).
+        mrope_interleaved: time, height and width of `mrope` take turns along the channels.
+        block_attention: tokens of a block see each other in both directions; the attention mask gives each token's
+            block [batch, 1, 1, sequence], negative for those in none.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
 
@@ -106,6 +109,8 @@ class BlockVariant:
     moe_multiplier: float = 1.0
     latent_norm_epsilon: float | None = None
     group_ranking: int | None = None
+    mrope_interleaved: bool = False
+    block_attention: bool = False
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
 
@@ -134,6 +139,7 @@ def is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
     of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "group_ranking", "sinusoidal_positions"}
+    of_the_model |= {"mrope_interleaved"}
     fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
     return all(getattr(variant, field.name) == field.default for field in fields)
 
@@ -143,6 +149,8 @@ def _layer(
 ) -> TransformerLayerSubmodules:
     if layer.input_layernorm is IdentityOp and (variant.parallel_block or not variant.pre_norm):
         raise _needs_torch("a parallel block, or no norms before attention and MLP; norms are part of the projections")
+    if layer.input_layernorm is IdentityOp and variant.mamba_beside_attention is not None:
+        raise _needs_torch("a Mamba mixer that reads attention's norm; norms are part of the projections")
     norms = [_norm(norm, variant) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     if not variant.pre_norm:
         norms = [IdentityOp, IdentityOp]
@@ -216,6 +224,8 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
         params["chunks"] = variant.attention_chunks
     if variant.alibi_slopes is not None:
         params["slopes"] = tuple(variant.alibi_slopes)
+    if variant.block_attention:
+        params["blocks"] = True
     if variant.qk_norm_after_rope:
         params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)

@@ -28,7 +28,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         make_vocab_size_divisible_by: each tensor-parallel rank's share of the vocabulary is a multiple of this. Padded
             rows are never exported and take no part in the loss.
         seq_length: longest training sequence, in tokens.
-        position_embedding_type: `rope`, `learned_absolute` or `none`.
+        position_embedding_type: `rope`, `mrope` (positions in time, height and width), `learned_absolute` or `none`.
         rotary_base, rotary_percent: RoPE's base and the share of each head that it turns.
         rope_parameters: a Hugging Face `rope_parameters` dictionary when RoPE is scaled (llama3, yarn, linear, dynamic,
             longrope); None for plain RoPE.
@@ -178,14 +178,21 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
 
     def _turn_positions(self, model: Any) -> None:
         """Replace the model's plain RoPE where it is scaled, or differs between layers."""
-        from megatron.bridge.models.rotary import apply_layer_rope_parameters, apply_rope_parameters
+        from megatron.bridge.models.rotary import (
+            apply_layer_rope_parameters,
+            apply_multimodal_rope,
+            apply_rope_parameters,
+        )
 
         positions = self.max_position_embeddings or self.seq_length
         if self.rotary_reversed and (self.rope_parameters or self.layer_rope_parameters):
             raise BridgeError("rotary_reversed=True goes with plain RoPE only; set rope_parameters to None")
         if self.layer_rope_parameters is not None and self.mtp_num_layers:
             raise BridgeError("mtp_num_layers: layer_rope_parameters does not say how prediction layers turn")
-        if self.layer_rope_parameters is not None:
+        if self.position_embedding_type == "mrope":
+            plain = {"rope_type": "default", "rope_theta": self.rotary_base}
+            apply_multimodal_rope(model, self.rope_parameters or plain, positions, interleaved=self.mrope_interleaved)
+        elif self.layer_rope_parameters is not None:
             apply_layer_rope_parameters(model, self.layer_rope_parameters, positions)
         elif self.rope_parameters is not None:
             apply_rope_parameters(model, self.rope_parameters, positions)

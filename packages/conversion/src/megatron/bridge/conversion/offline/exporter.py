@@ -40,7 +40,7 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
     Raises:
         BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
     """
-    table, what = bridge.model_bridge.mapping_registry(), f"export of {path}"
+    table, what = bridge.weight_table(), f"export of {path}"
     refuse_named_blocks(table.rules)
     weights = MegatronWeights(path, table)
     plan = export_plan(table, weights.shapes, what)

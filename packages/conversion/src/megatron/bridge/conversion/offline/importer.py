@@ -54,9 +54,9 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     """
     if bridge.source is None:
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
-    table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
+    table, what = bridge.weight_table(), f"import of {bridge.source.path_or_id}"
     shapes = bridge.stored_weights.shapes
-    plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
+    plan = import_plan(table, shapes, megatron_shapes(table.grown(shapes), shapes, vocab_multiple, what), what)
     refuse_other_model(plan, bridge.model_bridge, what)
     return plan
 
@@ -136,7 +136,8 @@ def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int
     for item in plan:
         stored = held[base_name(item.hf[0])]
         chunks += chunks_of(item, found[item.megatron], _dtype(item, stored, dtype))
-    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
+    of_core = (found[item.megatron] for item in plan if item.rule.tree is None)
+    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(of_core))
     return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
 
 

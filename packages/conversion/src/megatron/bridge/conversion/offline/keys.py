@@ -27,7 +27,7 @@ _STACKED_EXPERTS = ".experts."
 # Layers of multi-token prediction have a key each, however alike they are.
 _NEVER_STACKED = "mtp."
 # Megatron-Core's linear layers keep a state besides weights: empty here, but its loaders ask for it.
-_WITH_EXTRA_STATE = re.compile(r"(.*\.linear_\w+)\.weight")
+_WITH_EXTRA_STATE = re.compile(r"(.*\.(?:linear_\w+|eh_proj))\.weight")
 
 
 class Place(NamedTuple):

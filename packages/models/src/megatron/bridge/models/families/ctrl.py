@@ -5,14 +5,14 @@ from typing import Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.families.activations import activation
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 # What transformers builds the layers' norms with, whatever the configuration says of the last one.
 _EPSILON = 1e-6
 
 
-class CTRLBridge(DenseBridge):
+class CTRLBridge(BiasedBridge):
     """`CTRLLMHeadModel`: positions by fixed waves, biases everywhere, in the output layer too."""
 
     shared_fields = shared_fields(
@@ -32,14 +32,6 @@ class CTRLBridge(DenseBridge):
         fc1=("ffn.0",),
         fc2="ffn.2",
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
-
-    def qkv_bias(self) -> bool:
-        return True
-
-    output_bias = mlp_bias = qkv_bias
 
     def activation_function(self) -> Any:
         return activation("relu")

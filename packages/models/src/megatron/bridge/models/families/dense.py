@@ -192,6 +192,27 @@ def refuse_other_values(config: Any, only: Mapping[str, Any]) -> None:
         raise BridgeError(f"config.json: {', '.join(other)}: not supported in {type(config).__name__}")
 
 
+class BiasedBridge(DenseBridge):
+    """The GPT-2 manner: LayerNorms with biases, an MLP without a gate, and biases on every projection."""
+
+    normalization = "LayerNorm"
+    norm_kinds = fragments.WEIGHT_AND_BIAS
+    gated = False
+
+    def has_biases(self) -> bool:
+        """Whether projections have biases, where nothing else is said of one."""
+        return True
+
+    def qkv_bias(self) -> bool:
+        return self.has_biases()
+
+    def output_bias(self) -> bool:
+        return self.has_biases()
+
+    def mlp_bias(self) -> bool:
+        return self.has_biases()
+
+
 def windows_by_layer_type(config: Any) -> Sequence[int | None]:
     """Attention windows of a configuration whose `layer_types` say which layers have one."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 _LAYER_NAMES: dict[str, Any] = {
     "input_norm": "self_attn_layer_norm",
@@ -16,7 +16,7 @@ _LAYER_NAMES: dict[str, Any] = {
 }
 
 
-class OPTBridge(DenseBridge):
+class OPTBridge(BiasedBridge):
     """`OPTForCausalLM`: learned positions, of which the first two rows are never used."""
 
     shared_fields = shared_fields(
@@ -32,15 +32,10 @@ class OPTBridge(DenseBridge):
         final_norm="model.decoder.final_layer_norm",
         **_LAYER_NAMES,
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
     activation_field = "activation_function"
 
-    def qkv_bias(self) -> bool:
+    def has_biases(self) -> bool:
         return bool(self.hf_config.enable_bias)
-
-    output_bias = mlp_bias = qkv_bias
 
     def rope_fields(self) -> dict[str, Any]:
         return {"position_embedding_type": "learned_absolute"}
@@ -77,10 +72,8 @@ class BioGptBridge(OPTBridge):
     )
     activation_field = "hidden_act"
 
-    def qkv_bias(self) -> bool:
+    def has_biases(self) -> bool:
         return True
-
-    output_bias = mlp_bias = qkv_bias
 
     def differences(self) -> Mapping[str, Any]:
         config = self.hf_config

@@ -56,6 +56,11 @@ class PredictionBridge(MoEBridge):
         held = repeating if names is None else [name for name in repeating if name in names]
         return with_prediction_layers(table, self.hf_config.num_hidden_layers, held)
 
+    def settled_changes(self) -> dict[str, Any]:
+        return self._restated(self.prediction_layers())
+
     def further_changes(self, config: "TransformerConfig") -> dict[str, Any]:
-        held = config.mtp_num_layers or 0
-        return {} if held == self._stated_layers() else {"num_nextn_predict_layers": held}
+        return self._restated(config.mtp_num_layers or 0)
+
+    def _restated(self, count: int) -> dict[str, Any]:
+        return {} if count == self._stated_layers() else {"num_nextn_predict_layers": count}

@@ -115,8 +115,8 @@ def gated_delta_rule(
 ) -> Tensor:
     """The gated delta rule, many positions at a time (arXiv:2412.06464, section 3.3).
 
-    Per head, S_t = exp(decay_t) (S_{t-1} - rate_t k_t k_t^T S_{t-1}) + rate_t k_t v_t^T, with the decay inside both
-    terms of S_{t-1}, and o_t = S_t^T q_t / sqrt(channels of a key).
+    Per head, S_t = exp(decay_t) (1 - rate_t k_t k_t^T) S_{t-1} + rate_t k_t v_t^T and
+    o_t = S_t^T q_t / sqrt(channels of a key).
 
     Args:
         queries, keys: `[batch, length, heads, channels]`, keys of length one.

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
 
@@ -24,6 +25,8 @@ class VariantAttention(SDPAttention):
         l2_norm_layers: per layer of the model, whether queries and keys get an RMS norm without weights; None: none.
         slopes: per head of the whole model; a score falls by slope * (positions between query and key), as ALiBi
             (arXiv:2108.12409).
+        blocks: the attention mask holds block numbers [batch, 1, 1, length]: tokens of one block (0 or above) see each
+            other in both directions, as far as the window reaches to the left.
         temperature: (beta, positions): queries at position p are multiplied by 1 + beta * log(1 + p // positions).
         temperature_start: the first token's position p.
         temperature_layers: per layer of the model, whether that is so; None: everywhere.
@@ -40,6 +43,7 @@ class VariantAttention(SDPAttention):
         temperature_start: int = 0,
         temperature_layers: Sequence[int] | None = None,
         slopes: Sequence[float] | None = None,
+        blocks: bool = False,
         chunks: Sequence[int | None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -50,6 +54,7 @@ class VariantAttention(SDPAttention):
         self.temperature_start = temperature_start
         self.l2_norm = l2_norm_layers is not None and bool(l2_norm_layers[layer])
         self.chunk = None if chunks is None else chunks[layer]
+        self.blocks = blocks
         if norm is not None:
             size, eps = self.config.kv_channels, self.config.layernorm_epsilon
             self.q_layernorm = norm(self.config, size, eps)
@@ -81,6 +86,18 @@ class VariantAttention(SDPAttention):
         if self.softcap is None and self.slopes is None and self.softmax_offset is None:
             return super()._attend(query, key, value, hidden)
         return self._attend_by_scores(query, key, value, hidden)
+
+    def visible(self, queries: int, keys: int, hidden: Tensor | None, device: torch.device) -> Tensor | None:
+        """As `SDPAttention`'s, with blocks where there are any."""
+        if not self.blocks or hidden is None:
+            return super().visible(queries, keys, hidden, device)
+        if queries != keys:
+            raise BridgeError("blocks of tokens that see each other cannot be decoded from a cache of keys")
+        offset = torch.arange(keys, device=device) - torch.arange(keys, device=device)[:, None]
+        together = (hidden == hidden.transpose(2, 3)) & (hidden >= 0)
+        seen = (offset <= 0) | together
+        left = self.window[0] if self.window else None
+        return seen if left is None else seen & (offset >= -left)
 
     def _attend_by_chunks(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, size: int) -> Tensor:
         """Each chunk by itself, the last query standing at the last key."""
