@@ -13,7 +13,7 @@ lint:
     ruff check .
 
 types:
-    mypy packages recipes
+    mypy packages recipes plugins
 
 layers:
     lint-imports
@@ -25,3 +25,7 @@ fix:
 
 test *args:
     pytest {{args}}
+
+# Prove architectures at every layout and record it (docs/capabilities.md): all, or those named; --missing for new ones.
+zoo *args:
+    PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m zoo {{args}}

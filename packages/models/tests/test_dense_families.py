@@ -112,10 +112,13 @@ def make_config(name):
     return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if value is not None})
 
 
+CONFIGS = {name: make_config(name) for name in CASES}
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    return {name: family_case(make_config(name), root / name, name) for name in CASES}
+    return {name: family_case(config, root / name, name) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("layout", EVERYWHERE)

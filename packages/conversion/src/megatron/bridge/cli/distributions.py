@@ -14,7 +14,9 @@ class Distribution(NamedTuple):
 
 OURS: Mapping[str, Distribution] = {
     "megatron-bridge-conversion": Distribution("megatron.bridge", "conversion, registries, platform and this CLI"),
-    "megatron-bridge-models": Distribution("megatron.bridge.models", "model providers, layer specs and families"),
+    "megatron-bridge-models": Distribution(
+        "megatron.bridge.models", "model providers, layer specs and families", ("models",)
+    ),
     "megatron-bridge-peft": Distribution("megatron.bridge.peft", "parameter-efficient fine-tuning"),
     "megatron-bridge-data": Distribution("megatron.bridge.data", "datasets and preprocessing", ("data",)),
     "megatron-bridge-training": Distribution(

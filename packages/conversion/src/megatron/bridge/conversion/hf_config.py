@@ -1,5 +1,6 @@
 """One reader of Hugging Face configurations, whatever version of transformers wrote them."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,29 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> "Pret
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise BridgeError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    _import_family_of_unknown_model(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise BridgeError(f"{path} cannot be read as a model configuration: {error}") from error
     return config
+
+
+def _import_family_of_unknown_model(path: Path) -> None:
+    """Import the family of a model type that transformers does not know: its package may register one."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES
+
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        unknown = stated["model_type"] not in CONFIG_MAPPING
+        names = list(stated["architectures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # transformers says what is wrong with it
+    for name in names:
+        if unknown and name in MODEL_BRIDGES:
+            MODEL_BRIDGES[name]
 
 
 def architecture(config: "PretrainedConfig") -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "FamilyMismatch",
     "check_family",
     "compare",
+    "compare_in_rank",
     "expect_same_keys",
     "expect_same_weights",
     "family_case",
@@ -152,16 +153,15 @@ def compare(
         FamilyMismatch: some case's logits differ by more than `tolerance`, or a weight comes back changed.
     """
     fields = layout_fields(layout)
-    found: dict[str, float] = run_ranks(ranks_of(fields), _compare_in_rank, cases, fields, layer_spec, timeout=600)[0]
+    found: dict[str, float] = run_ranks(ranks_of(fields), compare_in_rank, cases, fields, layer_spec, timeout=600)[0]
     above = {name: difference for name, difference in found.items() if not difference < tolerance}
     if above:
         raise FamilyMismatch(f"{layout}, layer spec {layer_spec}: logits differ from transformers' by {above}")
     return found
 
 
-def _compare_in_rank(
-    cases: Sequence[FamilyCase], layout: Mapping[str, Any], layer_spec: str | None
-) -> dict[str, float]:
+def compare_in_rank(cases: Sequence[FamilyCase], layout: Mapping[str, Any], layer_spec: str | None) -> dict[str, float]:
+    """What `compare` does in each rank of the layout that these provider fields make, leaving the tolerance to it."""
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.logits import megatron_logits
     from megatron.bridge.conversion.verify import relative_difference
@@ -244,6 +244,7 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
         else:
             raise FamilyMismatch(f"{case.name}: the import went through without the rule for {rule.megatron}")
         item = first[rule.megatron]
+        # Without the rule that takes a stacked weight apart, it is one weight.
         names = (rule.megatron, *rule.hf_names) if rule.is_tree else (item.megatron, *map(base_name, item.hf))
         unnamed = [name for name in names if name.removesuffix(TREE) not in message]
         if unnamed:

@@ -7,6 +7,7 @@ from megatron.bridge.errors import BridgeError, did_you_mean
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
+SP = "sequence_parallel"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 # Name -> the provider fields that make the layout.
@@ -17,6 +18,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "vpp2": {PP: 2, VPP: 2},
     "tp2pp2": {TP: 2, PP: 2},
     "tp4": {TP: 4},
+    "sp2": {TP: 2, SP: True},
 }
 # For mixtures of experts. Experts are divided over tensor-parallel ranks as all else is, unless ETP says otherwise.
 EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
@@ -28,6 +30,13 @@ EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
     "pp2ep2": {PP: 2, EP: 2},
     "ep4": {EP: 4},
 }
+# Combinations that large runs use; too costly for every test.
+COMBINED_LAYOUTS: dict[str, dict[str, int]] = {
+    "tp2pp2sp": {TP: 2, PP: 2, SP: True},
+    "tp2ep2sp": {TP: 2, EP: 2, ETP: 1, SP: True},
+    "tp2pp2ep2": {TP: 2, PP: 2, EP: 2, ETP: 1},
+}
+ALL_LAYOUTS: dict[str, dict[str, int]] = {**LAYOUTS, **EXPERT_LAYOUTS, **COMBINED_LAYOUTS}
 EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
 EXPERTS_EVERYWHERE: tuple[str, ...] = (*EVERYWHERE, "ep2", "etp2")
 
@@ -38,10 +47,16 @@ def layout_fields(name: str) -> dict[str, int]:
     Raises:
         BridgeError: no layout has this name.
     """
-    known = {**LAYOUTS, **EXPERT_LAYOUTS}
-    if name not in known:
-        raise BridgeError(f"no layout is called {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
-    return known[name]
+    if name not in ALL_LAYOUTS:
+        near = did_you_mean(name, ALL_LAYOUTS)
+        raise BridgeError(f"no layout is called {name!r}{near}; there are {', '.join(ALL_LAYOUTS)}")
+    return ALL_LAYOUTS[name]
+
+
+def layouts_for(*, experts: bool) -> tuple[str, ...]:
+    """Every layout that means something for a model with or without experts."""
+    needed = {EP, ETP} if not experts else set()
+    return tuple(name for name, fields in ALL_LAYOUTS.items() if not needed & fields.keys())
 
 
 def ranks_of(fields: Mapping[str, int]) -> int:

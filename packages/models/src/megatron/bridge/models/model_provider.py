@@ -103,12 +103,24 @@ class ModelProvider(ABC):
 
         config = self.transformer_config()
         self.initialize_model_parallel(seed)
+        self._tell_missing_proof()
         chunks = [self.provide(vp_stage=stage) for stage in self._virtual_stages()]
         hooks = [hook for hook, _ in self._hooks()] + ([pre_wrap_hook] if pre_wrap_hook else [])
         for hook in hooks:
             chunks = hook(chunks) or chunks
         chunks = prepared_chunks(chunks, config)
         return with_ddp(chunks, config, ddp_config) if wrap_with_ddp else chunks
+
+    def _tell_missing_proof(self) -> None:
+        """Say, on one rank, when a Hugging Face model is built in a way that the capability record does not hold."""
+        from megatron.bridge import platform
+        from megatron.bridge.models.capabilities import tell_missing_proof
+        from megatron.bridge.models.layer_specs import default_layer_spec
+
+        bridge = getattr(self, "bridge", None)
+        if bridge is not None and platform.is_rank_zero():
+            layer_spec = getattr(self, "layer_spec", None) or default_layer_spec()
+            tell_missing_proof(bridge.hf_config.architectures[0], vars(self), layer_spec)
 
     def _virtual_stages(self) -> list[int | None]:
         virtual: int | None = getattr(self, "virtual_pipeline_model_parallel_size", None)
