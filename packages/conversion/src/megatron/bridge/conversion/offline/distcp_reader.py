@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS
 from megatron.bridge.conversion.offline.keys import Place, stored_weights
 from megatron.bridge.conversion.offline.tensor_archive import read_tensor
 from megatron.bridge.conversion.table import WeightTable
-from megatron.bridge.conversion.transforms import Shape
+from megatron.bridge.conversion.transforms import Region, Shape, whole
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,8 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         names = sorted({info.relative_path for info in self._stored.values()})
         return [self.folder / METADATA_FILE, *(self.folder / name for name in names)]
 
-    def read(self, name: str) -> "torch.Tensor":
-        """A whole weight, on the CPU; memory is that of the weight and of the largest stored chunk it lies in.
+    def read(self, name: str, region: Region | None = None) -> "torch.Tensor":
+        """A weight, or a region of it, on the CPU: a view of one stored chunk where it lies in one, else a copy.
 
         Raises:
             CheckpointError: a chunk is damaged, or the chunks leave a gap.
@@ -99,25 +99,34 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         import torch
 
         weight = self._weights[name]
-        chunks = self._chunks(weight.place)
-        window = _window(weight)
+        own = whole(weight.shape) if region is None else region
+        window: Region = (*((entry, entry + 1) for entry in weight.place.leading), *own)
+        shape = [stop - start for start, stop in own]
         result: torch.Tensor | None = None
         filled = 0
-        for index, chunk in chunks:
+        for index, chunk in self._chunks(weight.place):
             overlap = _overlap(window, tuple(chunk.offsets), tuple(chunk.sizes))
             if overlap is None:
                 continue
             source, target = overlap
             piece = self._load(index, chunk, weight.dtype)[source]
-            if piece.numel() == math.prod(weight.shape):
-                return piece.reshape(weight.shape)
+            if piece.numel() == math.prod(shape):
+                return piece.reshape(shape)
             if result is None:
                 result = torch.empty([stop - start for start, stop in window], dtype=weight.dtype)
             result[target] = piece
             filled += piece.numel()
-        if result is None or filled != math.prod(weight.shape):
-            raise CheckpointError(f"{self.folder} holds {filled} of the {math.prod(weight.shape)} elements of {name}")
-        return result.reshape(weight.shape)
+        if result is None or filled != math.prod(shape):
+            raise CheckpointError(f"{self.folder} holds {filled} of the {math.prod(shape)} elements of {name}")
+        return result.reshape(shape)
+
+    def row_runs(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Rows `start` to `stop` of a weight in runs that its stored chunks do not cross."""
+        place = self._weights[name].place
+        depth = len(place.axes)
+        edges = (edge for _, chunk in self._chunks(place) for edge in _extent(chunk, depth))
+        cuts = [start, *sorted({edge for edge in edges if start < edge < stop}), stop]
+        yield from pairwise(cuts)
 
     def _chunks(self, place: Place) -> list[Any]:
         """(index, chunk) of the stored chunks that hold some of a weight."""
@@ -184,9 +193,8 @@ def _by_leading(chunks: Iterable[Any], depth: int) -> dict[Shape, list[Any]]:
     return found
 
 
-def _window(weight: StoredWeight) -> tuple[tuple[int, int], ...]:
-    own = tuple((0, size) for size in weight.shape)
-    return (*((entry, entry + 1) for entry in weight.place.leading), *own)
+def _extent(chunk: Any, axis: int) -> tuple[int, int]:
+    return chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
 
 
 def _overlap(window: Any, offsets: Shape, sizes: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

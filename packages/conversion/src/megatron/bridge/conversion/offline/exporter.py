@@ -1,13 +1,13 @@
 """Megatron distributed checkpoint -> Hugging Face folder, file by file."""
 
 import json
+import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial as bound
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
@@ -22,6 +22,7 @@ from megatron.bridge.conversion.offline.index import refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
+from megatron.bridge.conversion.transforms import Region
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +134,6 @@ class _Export:
             for name in item.hf:
                 self._items[file_of[base_name(name)]][item.megatron] = item
         self._sync = BackgroundSync()
-        self._lock = Lock()
 
     def run(self, workers: int, progress: "Progress | None") -> None:
         """Write the files that are not finished yet."""
@@ -166,23 +166,42 @@ class _Export:
 
         self._sync.submit(finish)
 
-    def _write_item(self, shard: ShardFile, item: PlanItem) -> list[Part]:
+    def _write_item(self, shard: ShardFile, item: PlanItem) -> Iterator[Part]:
         """The weights of an item that this file holds; the others are written with theirs."""
-        import torch
-
-        parts = []
+        regions = item.rule.transform.regions(item.shape)
+        if regions is not None:
+            for name, region in zip(item.hf, regions, strict=True):
+                if base_name(name) in shard.layout.tensors:
+                    yield from self._write_region(shard, name, item, region)
+            return
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
-            weight, index = entry_of(name) or (name, 0)
-            stored = shard.layout.tensors.get(weight)
-            if stored is None:
-                continue
-            tensor = piece.to(stored.dtype).contiguous()
-            first = index * tensor.nbytes
-            shard.write(weight, tensor, first)
-            crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            parts.append(Part(name, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
-        return parts
+            if base_name(name) in shard.layout.tensors:
+                yield _write_rows(shard, name, item, piece)
+
+    def _write_region(self, shard: ShardFile, name: str, item: PlanItem, region: Region) -> Iterator[Part]:
+        """A weight that is a region of a Megatron weight, as it lies in the checkpoint: run by run."""
+        if not region:
+            yield _write_rows(shard, name, item, self._weights.read(item.megatron))
+            return
+        first, stop = region[0]
+        for low, high in self._weights.row_runs(item.megatron, first, stop):
+            rows = self._weights.read(item.megatron, ((low, high), *region[1:]))
+            yield _write_rows(shard, name, item, rows, low - first)
+
+
+def _write_rows(shard: ShardFile, name: str, item: PlanItem, rows: "torch.Tensor", first: int = 0) -> Part:
+    """Write a Hugging Face weight, or a run of its rows that begins at row `first`."""
+    import torch
+
+    weight, entry = entry_of(name) or (name, 0)
+    stored = shard.layout.tensors[weight]
+    tensor = rows.to(stored.dtype).contiguous()
+    shape = item.hf_shapes[item.hf.index(name)]
+    before = (entry * math.prod(shape) + first * math.prod(shape[1:])) * stored.dtype.itemsize
+    shard.write(weight, tensor, before)
+    crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return Part(f"{name}@{first}", len(shard.layout.header) + stored.begin + before, tensor.nbytes, crc)
 
 
 def _refuse_small_disk(folder: Path, todo: list[ShardLayout]) -> None:
