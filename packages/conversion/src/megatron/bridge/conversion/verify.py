@@ -1,5 +1,6 @@
 """Verification: the two sides compared, weight by weight and logit by logit, with the figures to show for it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,13 @@ class VerificationError(BridgeError):
 class Certificate:
     """What was compared and what came out.
 
-    `logit_difference` is max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
+    Args:
+        model: the Hugging Face folder.
+        megatron: the checkpoint it was compared with; None for a model built from the folder itself.
+        weights_differing: names of weights that differ in a bit, in shape or dtype, or stand on one side only.
+        digests: SHA-256 over names, dtypes, shapes and bytes of the compared weights in order, of either side.
+        logit_difference: max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
+        tokens_compared: positions whose logits were compared.
     """
 
     model: str
@@ -39,6 +46,10 @@ class Certificate:
     weights_differing: tuple[str, ...]
     logit_difference: float
     logit_tolerance: float
+    megatron: str | None = None
+    bytes_compared: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
+    tokens_compared: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -46,9 +57,21 @@ class Certificate:
         """Every weight bitwise equal and the logits within tolerance."""
         return not self.weights_differing and self.logit_difference <= self.logit_tolerance
 
+    @property
+    def proven(self) -> list[str]:
+        """What was found to hold, in words."""
+        found = []
+        if not self.weights_differing:
+            found.append(f"all {self.weights_compared} weights ({self.bytes_compared:,} bytes) are bitwise equal")
+        if self.logit_difference <= self.logit_tolerance:
+            found.append(
+                f"logits of {self.tokens_compared} tokens agree within {self.logit_tolerance:.0e} of the largest"
+            )
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """The certificate as plain values."""
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "proven": self.proven}
 
     def refuse_failure(self) -> None:
         """Raise when the two sides differ.
@@ -121,40 +144,79 @@ def verify(
             model = bridge.to_megatron_model(**options)
         else:
             model = bridge.load_megatron_model(megatron_path, **options)
-    compared, differing, dtype = _compare_weights(bridge, model)
+    weights = _compare_weights(bridge, model)
     tokens = probe_tokens(bridge.hf_config.vocab_size).to(platform.device())
     ours = megatron_logits(model, tokens)[..., : bridge.hf_config.vocab_size]
-    difference = relative_difference(ours, reference_logits(folder, tokens, dtype))
-    name = str(dtype).removeprefix("torch.")
+    difference = relative_difference(ours, reference_logits(folder, tokens, weights.dtype))
+    name = str(weights.dtype).removeprefix("torch.")
     return Certificate(
         model=str(folder),
         architecture=bridge.hf_config.architectures[0],
         layout=dict(layout),
         layer_spec=getattr(as_chunks(model)[0], "layer_spec", None),
         dtype=name,
-        weights_compared=compared,
-        weights_differing=tuple(differing),
+        megatron=None if megatron_path is None else str(megatron_path),
+        weights_compared=weights.count,
+        bytes_compared=weights.nbytes,
+        weights_differing=tuple(weights.differing),
+        digests={"hugging_face": weights.theirs.hexdigest(), "megatron": weights.ours.hexdigest()},
         logit_difference=difference,
         logit_tolerance=LOGIT_TOLERANCE[name],
+        tokens_compared=tokens.numel(),
         versions=_versions(),
     )
 
 
-def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str], torch.dtype]":
-    """(weights compared, those that differ or stand on one side only, dtype). Bitwise, dtype included."""
+@dataclass
+class _Comparison:
+    """The weights of two sides, one after another. Bitwise; dtype and shape included."""
+
+    dtype: "torch.dtype"
+    count: int = 0
+    nbytes: int = 0
+    differing: list[str] = field(default_factory=list)
+    theirs: Any = field(default_factory=hashlib.sha256)
+    ours: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, name: str, ours: "torch.Tensor", theirs: "torch.Tensor | None", *, digest: bool) -> None:
+        """Compare a weight; `digest` sums both up (one rank does: it takes longer than the comparison)."""
+        self.count += 1
+        self.nbytes += ours.nbytes
+        if theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not _same_bits(ours, theirs):
+            self.differing.append(name)
+        for side, tensor in ((self.ours, ours), (self.theirs, theirs)):
+            if digest and tensor is not None:
+                side.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                side.update(_bits(tensor).numpy().data)
+
+
+def _bits(tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _same_bits(one: "torch.Tensor", two: "torch.Tensor") -> bool:
+    return bool(_bits(one).equal(_bits(two)))
+
+
+def _compare_weights(bridge: AutoBridge, model: "Model") -> _Comparison:
+    import torch
+
+    from megatron.bridge import platform
+
     source = bridge.source.weights  # type: ignore[union-attr]
-    differing, seen, dtype = [], set(), torch.float32
+    result, seen = _Comparison(torch.float32), set()
     for name, tensor in bridge.export_hf_weights(model, cpu=True):
         seen.add(name)
-        dtype = tensor.dtype if tensor.is_floating_point() else dtype
-        if name not in source or not torch.equal(source.read(name), tensor) or source[name].dtype != tensor.dtype:
-            differing.append(name)
+        if tensor.is_floating_point():
+            result.dtype = tensor.dtype
+        stored = source.read(name) if name in source else None
+        result.add(name, tensor, stored, digest=platform.is_rank_zero())
     table = bridge.model_bridge.mapping_registry()
     tied = {tie.name for tie in table.tied}
-    differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
-    return len(seen), differing, dtype
+    result.differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
+    return result
 
 
 def _versions() -> dict[str, str]:
