@@ -48,6 +48,8 @@ def test_cuda_means_cpu_inside_the_layer():
             torch.ones(2).new_zeros(2, device="cuda"),
             torch.nn.Linear(2, 2).to("cuda").weight,
             torch.nn.Linear(2, 2).cuda().weight,
+            torch.tensor([1.0], pin_memory=True),
+            torch.ones(2).pin_memory(),
         ]
         assert {tensor.device.type for tensor in made} == {"cpu"}
         assert torch.ones(1).type() == "torch.cuda.FloatTensor"

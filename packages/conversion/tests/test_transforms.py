@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW, Expert, cut_axis
+from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, REPLICATED, ROW, Blocks, Expert, cut_axis
 from megatron.bridge.conversion.transforms import (
+    Alternating,
     Concatenate,
+    GatherRows,
     Identity,
     InMemory,
     InterleaveGroups,
@@ -30,7 +32,18 @@ def tensors(*shapes):
 def cases(draw):
     """(transform, Hugging Face tensors, Megatron shape)"""
     columns = draw(st.sampled_from([(), (draw(SIZES),)]))
-    kind = draw(st.sampled_from(["identity", "concatenate", "interleave", "pad", "stacked", "transposed", "permute"]))
+    kinds = [
+        "identity",
+        "concatenate",
+        "interleave",
+        "pad",
+        "stacked",
+        "transposed",
+        "permute",
+        "alternating",
+        "gather",
+    ]
+    kind = draw(st.sampled_from(kinds))
     if kind == "identity":
         shape = (draw(SIZES) * 4, *columns)
         return Identity(), tensors(shape), shape
@@ -53,6 +66,13 @@ def cases(draw):
         order = tuple(draw(st.permutations(range(draw(SIZES)))))
         shape = (draw(SIZES) * len(order), *columns)
         return PermuteBlocks(order), tensors(shape), shape
+    if kind == "alternating":
+        count = draw(st.integers(2, 3))
+        shape = (draw(SIZES) * count, *columns)
+        return Alternating(count), tensors(shape), shape
+    if kind == "gather":
+        runs = draw(st.permutations([(0, 0, 2), (0, 2, 3), (1, 0, 1), (1, 1, 4), (2, 0, 2)]))
+        return GatherRows(tuple(runs)), tensors(*((rows, *columns) for rows in (5, 5, 2))), (12, *columns)
     rows, padding = draw(SIZES), draw(st.integers(0, 5))
     return PadRows(rows), tensors((rows, *columns)), (rows + padding, *columns)
 
@@ -99,6 +119,12 @@ def test_interleaving_lays_out_groups_as_megatron_reads_them():
     assert fused.tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
+def test_alternating_rows_are_sorted_by_block():
+    gate_up = torch.tensor([0, 10, 1, 11, 2, 12])
+    assert Alternating(2).forward([InMemory(gate_up)], ((0, 6),)).tolist() == [0, 1, 2, 10, 11, 12]
+    assert Alternating(2).forward([InMemory(gate_up)], ((2, 5),)).tolist() == [2, 10, 11]
+
+
 def test_a_stacked_projection_is_read_part_by_part():
     fused = torch.tensor([0, 1, 2, 3, 10, 11, 20, 21])
     transform = Stacked(InterleaveGroups((2, 1, 1)))
@@ -106,7 +132,19 @@ def test_a_stacked_projection_is_read_part_by_part():
     assert transform.forward([InMemory(fused)], ((4, 8),)).tolist() == [2, 3, 11, 21]
 
 
-@pytest.mark.parametrize("rule", [REPLICATED, COLUMN, ROW, GATED_COLUMN, Expert(ROW), Expert(GATED_COLUMN)], ids=str)
+RULES = [
+    REPLICATED,
+    COLUMN,
+    ROW,
+    GATED_COLUMN,
+    Blocks(0, (1, 2, 1)),
+    Blocks(0, (4, 12)),
+    Expert(ROW),
+    Expert(GATED_COLUMN),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards_join_to_the_whole(rule, size):
     (tensor,) = tensors((16, 8))
@@ -131,3 +169,12 @@ def test_what_does_not_divide_is_known():
     assert not GATED_COLUMN.divides((12,), 4)
     assert not COLUMN.divides((6, 2), 4)
     assert REPLICATED.divides((7,), 4)
+
+
+def test_blocks_of_several_sizes_are_cut_one_by_one():
+    rule = Blocks(0, (4, 2))
+    first, second = rule.split(torch.tensor([0, 1, 2, 3, 10, 11]), 2)
+    assert (first.tolist(), second.tolist()) == ([0, 1, 10], [2, 3, 11])
+    assert rule.divides((6,), 2)
+    assert not rule.divides((6,), 4)  # the second block has but two rows
+    assert not rule.divides((7,), 1)

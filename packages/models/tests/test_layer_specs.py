@@ -289,7 +289,6 @@ def test_tensor_parallel_equals_one_rank(one_rank_gradients: dict[str, torch.Ten
     [
         ({"softmax_type": "learnable"}, "softmax_type"),
         ({"apply_query_key_layer_scaling": True}, "apply_query_key_layer_scaling"),
-        ({"context_parallel_size": 2}, "context_parallel_size"),
         ({"persist_layer_norm": True}, "persist_layer_norm"),
     ],
 )

@@ -281,5 +281,3 @@ def test_routing_that_megatron_computes_otherwise_is_refused():
         softmax_routing(1, normalised=True)
     with pytest.raises(BridgeError, match="norm_topk_prob=False with 4 experts"):
         sigmoid_routing(4, normalised=False, scaling=1.0)
-    with pytest.raises(BridgeError, match="8 experts from 2 of 4 groups"):
-        sigmoid_routing(8, normalised=True, scaling=1.0, groups=4, chosen_groups=2)

@@ -20,6 +20,7 @@ from megatron.bridge.training.field_types import parse_yaml
 from megatron.bridge.training.overrides import apply_overrides, apply_yaml
 from megatron.bridge.training.recipe_registry import RECIPES
 from megatron.bridge.training.run_config import to_yaml
+from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.validation import ConfigError
 
 
@@ -135,6 +136,9 @@ def test_a_configuration_written_and_read_is_the_same(make_run: Callable[..., An
         ({"bf16": True}, {}, 1, "model.bf16=True and model.params_dtype=float32 contradict"),
         ({}, {"bf16": True}, 1, "the model decides the precision"),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 17}, {}, 2, "seq_length=17 is not"),
+        ({"context_parallel_size": 2, "seq_length": 18}, {}, 2,
+         "seq_length=18 is not divided by 2 x model.context_parallel_size=2; 16 would do"),
+        ({"context_parallel_size": 2}, {}, 3, "x context_parallel_size=2 needs a multiple of 2 ranks"),
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {"global_batch_size": 3}, 2,
          "an interleaved pipeline needs the micro-batches per step"),
         ({"vocab_size": 100}, {"vocab_size": 128}, 1, "tokenizer.vocab_size=128 is larger than model.vocab_size=100"),
@@ -209,3 +213,52 @@ def test_ctrl_c_saves_and_the_command_succeeds(make_run: Callable[..., Any], tmp
     assert done.exit_code == 0
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def _rates(cfg: Any, steps: int) -> tuple[list[float], list[float]]:
+    """Learning rate and weight decay of the first steps."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "max_lr": cfg.optimizer.lr, "min_lr": cfg.optimizer.min_lr}])
+    scheduler = build_scheduler(cfg, optimizer)
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(steps):
+        found[0].append(optimizer.param_groups[0]["lr"])
+        found[1].append(optimizer.param_groups[0]["weight_decay"])
+        scheduler.step(cfg.train.global_batch_size)
+    return found
+
+
+def test_schedules_are_those_of_their_papers(make_run: Callable[..., Any]) -> None:
+    shared = {"train_iters": 20, "lr_decay_iters": 20, "lr": 1.0, "min_lr": 0.1}
+    cfg = make_run(
+        lr_decay_style="WSD", lr_wsd_decay_iters=10, lr_wsd_decay_style="linear", lr_warmup_iters=2, **shared
+    )
+    expected = [0.0, 0.5, *[1.0] * 9, *(1 - 0.9 * step / 10 for step in range(1, 10))]
+    assert _rates(cfg, 20)[0] == pytest.approx(expected)
+    cfg = make_run(lr_decay_style="inverse-square-root", lr_warmup_iters=4, **shared)
+    assert _rates(cfg, 17)[0][4:] == pytest.approx([(4 / step) ** 0.5 for step in range(4, 17)])
+    cfg = make_run(
+        lr_decay_style="constant", start_weight_decay=0.1, end_weight_decay=0.3, weight_decay_incr_style="linear",
+        **shared,
+    )  # fmt: skip
+    assert _rates(cfg, 20)[1] == pytest.approx([0.1 + 0.2 * step / 20 for step in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"lr_decay_style": "WSD"}, "needs scheduler.lr_wsd_decay_iters"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 39}, "must lie between 1 and the 38 steps"),
+        ({"lr_wsd_decay_iters": 5}, "belongs to lr_decay_style='WSD', and that is 'cosine'"),
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 0}, "set lr_warmup_iters"),
+        ({"end_weight_decay": 0.3}, "from 0.1 to 0.3, and scheduler.weight_decay_incr_style is 'constant'"),
+        ({"end_weight_decay": 0.05, "weight_decay_incr_style": "linear"}, "must not be negative, nor fall"),
+        ({"most_recent_k": 0, "save": "somewhere"}, "checkpoint.most_recent_k=0 must be greater than 0"),
+        ({"most_recent_k": 2}, "checkpoint.save is not: there is no folder to keep tidy"),
+    ],
+)
+def test_schedules_and_retention_that_cannot_be_are_refused(
+    settings: dict[str, Any], problem: str, make_run: Callable[..., Any]
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make_run(**settings).validate(1)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.testing import run_ranks
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
-from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.gpt_step import context_parallel_loss, forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.setup import distributed, setup
 from megatron.bridge.training.train import train
@@ -20,6 +21,7 @@ TOLERANCE = 1e-5
 
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
 VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 # name -> (model fields, settings)
@@ -33,6 +35,9 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2 + sequence parallel": (TP | {"sequence_parallel": True}, {}),
     "PP2": (PP, {}),
     "PP2 x VPP2": (VPP, {}),
+    "CP2": (CP, {}),
+    "CP2, per-token loss": (CP | {"calculate_per_token_loss": True}, {}),
+    "CP2, distributed optimizer": (CP, DISTRIBUTED),
     "DP2": ({}, {}),
     "DP2, overlapped": ({}, {"overlap_grad_reduce": True}),
     "DP2, distributed optimizer": ({}, DISTRIBUTED),
@@ -44,6 +49,8 @@ TWO_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 FOUR_RANKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2 x PP2": (TP | PP, {}),
+    "TP2 x CP2, SP": (TP | CP | {"sequence_parallel": True}, {}),
+    "PP2 x CP2": (PP | CP, {}),
     "TP2 x DP2, SP, distributed optimizer": (TP | {"sequence_parallel": True}, DISTRIBUTED),
 }
 
@@ -139,3 +146,25 @@ def _plain_loop(cfg: Any, model: torch.nn.Module, data: Any) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def _mean_over_context_ranks() -> tuple[float, float]:
+    """(the gradient that data-parallel averaging gives, that of the mean over the tokens that count)"""
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    rank = parallel_state.get_context_parallel_rank()
+    # Three tokens of the sequence count on the first rank, one on the second.
+    mask, factors = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]])
+    mine = slice(3 * rank, 3 * rank + 3)
+    weight = torch.ones((), requires_grad=True)
+    total, tokens, report = context_parallel_loss(mask[:, mine], (weight * factors)[:, mine])
+    (total / tokens).backward()
+    gradient = weight.grad
+    assert gradient is not None
+    torch.distributed.all_reduce(gradient)
+    assert report["lm loss"].tolist() == [[7.0, 3.0], [32.0, 1.0]][rank]
+    return gradient.item() / 2, ((factors * mask).sum() / mask.sum()).item()
+
+
+def test_every_token_weighs_the_same_though_context_ranks_hold_different_numbers() -> None:
+    for averaged, expected in run_ranks(2, _mean_over_context_ranks):
+        assert averaged == pytest.approx(expected)

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from megatron.bridge.conversion import hf_config as reader
 from megatron.bridge.conversion.foreign import refuse_foreign_bridge
+from megatron.bridge.conversion.heads import HeadedBridge, head_of, headed_architectures
 from megatron.bridge.conversion.hf import HFSource
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -18,10 +20,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from megatron.bridge.conversion.dtype_policy import DtypePolicy
     from megatron.bridge.conversion.live import Model, Progress, WeightSource
+    from megatron.bridge.conversion.live_export import Bucket, Exporter
     from megatron.bridge.conversion.plan import Plan
+    from megatron.bridge.conversion.weight_source import StoredWeights
 
 refuse_foreign_bridge()
+
+# Seconds that ranks which stay away from an export are waited for.
+RANK_TIMEOUT = 600.0
 
 
 class AutoBridge:
@@ -38,7 +46,7 @@ class AutoBridge:
         self.source = source
         # Values in which `hf_config` differs from the source's own file.
         self.changes = dict(changes or {})
-        self.model_bridge: MegatronModelBridge = _bridge_class(hf_config)(hf_config)
+        self.model_bridge: MegatronModelBridge = _model_bridge(hf_config)
 
     def __repr__(self) -> str:
         return f"AutoBridge({reader.architecture(self.hf_config)}, source={self.source})"
@@ -88,12 +96,16 @@ class AutoBridge:
     def supports(config: "PretrainedConfig") -> bool:
         """Whether a bridge is offered for the configuration's architecture."""
         names = list(config.architectures or ())
-        return len(names) == 1 and names[0] in MODEL_BRIDGES
+        return len(names) == 1 and (names[0] in MODEL_BRIDGES or head_of(names[0]) is not None)
 
     @staticmethod
-    def list_supported_models() -> list[str]:
-        """Architecture names for which a bridge is installed or registered, sorted."""
-        return list(MODEL_BRIDGES)
+    def list_supported_models(*, heads: bool = False) -> list[str]:
+        """Architecture names for which a bridge is installed or registered, sorted.
+
+        Args:
+            heads: with those of the same decoders under a classification head, for which transformers is imported.
+        """
+        return sorted([*MODEL_BRIDGES, *(headed_architectures() if heads else ())])
 
     # --- into Megatron
 
@@ -142,6 +154,7 @@ class AutoBridge:
         model: "Model",
         weights: "str | Path | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | None" = None,
         progress: "Progress | None" = None,
+        process_groups: Any = None,
     ) -> "Plan":
         """Fill a model with Hugging Face weights. Collective; each rank reads the bytes it owns.
 
@@ -149,6 +162,8 @@ class AutoBridge:
             model: chunks of this rank.
             weights: a folder or hub id, a state dict, or (name, tensor) pairs; None takes the bridge's own source.
             progress: called with (Megatron name, elements) after each weight.
+            process_groups: an object with the groups `tp`, `pp` (and `ep`, `expt_tp`) of a framework that keeps its
+                own; None takes the model's.
 
         Raises:
             PlanError: some weight on either side is unaccounted for; no weight was touched.
@@ -156,28 +171,61 @@ class AutoBridge:
         from megatron.bridge.conversion.live import load_weights
 
         source, what = self._weight_source(weights)
-        return load_weights(model, self.model_bridge.mapping_registry(), source, f"import of {what}", progress)
+        table = self.model_bridge.mapping_registry()
+        return load_weights(model, table, source, f"import of {what}", progress, process_groups)
 
-    def _weight_source(self, weights: Any) -> "tuple[WeightSource, str]":
-        from megatron.bridge.conversion.live import TensorsInMemory
-        from megatron.bridge.conversion.weight_source import FolderSource
+    @cached_property
+    def stored_weights(self) -> "StoredWeights":
+        """The weights of the bridge's own source, by name; those stored in few bits are decoded when they are read.
 
-        if weights is None and self.source is None:
+        Raises:
+            BridgeError: there is no source, its files are damaged, or its low-bit format is not supported.
+        """
+        from megatron.bridge.conversion.weight_source import open_weights
+
+        if self.source is None:
             raise BridgeError(
                 "this bridge was made from a configuration and has no weights; pass a folder or a state dict"
             )
-        if weights is None or isinstance(weights, str | Path):
-            source = self.source if weights is None else HFSource(weights)
-            return FolderSource(source.weights), source.path_or_id  # type: ignore[union-attr]
+        return open_weights(self.source, reader.dtype(self.hf_config))
+
+    def _weight_source(self, weights: Any) -> "tuple[WeightSource, str]":
+        from megatron.bridge.conversion.live import TensorsInMemory
+        from megatron.bridge.conversion.weight_source import open_weights
+
+        if weights is None:
+            return self.stored_weights, str(self.source and self.source.path_or_id)
+        if isinstance(weights, str | Path):
+            return open_weights(HFSource(weights), reader.dtype(self.hf_config)), str(weights)
         return TensorsInMemory(dict(weights)), "a state dict"
 
     # --- out of Megatron
 
-    def get_conversion_tasks(self, model: "Model") -> "Plan":
-        """The export plan of a model: what becomes what, with shapes. Collective; reusable for as long as it lives."""
-        from megatron.bridge.conversion.live import Exporter
+    def get_conversion_tasks(
+        self,
+        model: "Model",
+        *,
+        dtype: "DtypePolicy" = None,
+        process_groups: Any = None,
+        rank_timeout: float = RANK_TIMEOUT,
+    ) -> "Exporter":
+        """The export plan of a model: what becomes what, with shapes, dtypes, bytes and owners. Collective.
 
-        return Exporter(model, self.describing(model).model_bridge.mapping_registry()).plan
+        Give it to `export_hf_weights` as often as wanted: it holds for as long as the model keeps its structure,
+        through training steps and through offloading its parameters and bringing them back.
+
+        Args:
+            model: chunks of this rank.
+            dtype: one for all floating-point weights; or by pattern of Hugging Face names, where the first that fits
+                counts (`{"*.mlp.*": torch.bfloat16}`); or a function of name and dtype. None keeps the model's.
+            process_groups: an object with the groups `tp`, `pp` (and `ep`, `expt_tp`) of a framework that keeps its
+                own; None takes the model's.
+            rank_timeout: seconds that an absent rank is waited for, before an error names it.
+        """
+        from megatron.bridge.conversion.live_export import Exporter
+
+        table = self.describing(model).model_bridge.mapping_registry()
+        return Exporter(model, table, dtype=dtype, process_groups=process_groups, rank_timeout=rank_timeout)
 
     def describing(self, model: "Model") -> "AutoBridge":
         """This bridge with the configuration of `model`, which may have changed since: fewer layers, more tokens."""
@@ -195,28 +243,84 @@ class AutoBridge:
         source = None if self.source is None else self.source.folder
         return config_json(self.hf_config, source, self.changes | changes)
 
+    @overload
+    def export_hf_weights(
+        self,
+        model: "Model",
+        cpu: bool = ...,
+        show_progress: bool = ...,
+        dtype: "DtypePolicy" = ...,
+        *,
+        bucket_bytes: None = ...,
+        conversion_tasks: "Exporter | None" = ...,
+        stacked: bool = ...,
+        process_groups: Any = ...,
+        rank_timeout: float = ...,
+    ) -> "Iterator[tuple[str, torch.Tensor]]": ...
+
+    @overload
+    def export_hf_weights(
+        self,
+        model: "Model",
+        cpu: bool = ...,
+        show_progress: bool = ...,
+        dtype: "DtypePolicy" = ...,
+        *,
+        bucket_bytes: int,
+        conversion_tasks: "Exporter | None" = ...,
+        stacked: bool = ...,
+        process_groups: Any = ...,
+        rank_timeout: float = ...,
+    ) -> "Iterator[Bucket]": ...
+
     def export_hf_weights(
         self,
         model: "Model",
         cpu: bool = False,
         show_progress: bool = False,
-        dtype: "torch.dtype | None" = None,
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
+        dtype: "DtypePolicy" = None,
+        *,
+        bucket_bytes: int | None = None,
+        conversion_tasks: "Exporter | None" = None,
+        stacked: bool = True,
+        process_groups: Any = None,
+        rank_timeout: float = RANK_TIMEOUT,
+    ) -> "Iterator[tuple[str, torch.Tensor]] | Iterator[Bucket]":
         """Yield every Hugging Face weight, whole, in the same order on every rank. Collective.
 
         Args:
             model: chunks of this rank.
             cpu: yield CPU tensors.
             show_progress: draw a progress bar on rank 0.
-            dtype: cast floating-point weights; None keeps the model's.
+            dtype: as in `get_conversion_tasks`.
+            bucket_bytes: yield the weights in buckets (name -> tensor) of at most so many bytes instead of one by one,
+                gathered together. What one Megatron weight becomes, and the experts of a stacked weight, are never
+                parted. A bucket is let go when the next is asked for; beside it, at most the bytes of the largest
+                weight are held.
+            conversion_tasks: the plan that `get_conversion_tasks` made of this model; it knows dtype, groups and
+                time-out already.
+            stacked: join the experts of a stacked weight; otherwise yield each as `NAME[e]`.
+            process_groups, rank_timeout: as in `get_conversion_tasks`.
+
+        Raises:
+            BridgeError: the model does not match the table, or a rank stayed away (named, on every rank that came).
         """
-        from megatron.bridge.conversion.live import Exporter
         from megatron.bridge.conversion.progress import tracked
 
-        exporter = Exporter(model, self.describing(model).model_bridge.mapping_registry())
-        total = len(exporter.plan.hf_shapes)
-        for name, tensor in tracked(exporter.weights(dtype), total, "export", shown=show_progress):
-            yield name, tensor.cpu() if cpu else tensor
+        tasks = conversion_tasks
+        if tasks is None:
+            tasks = self.get_conversion_tasks(
+                model, dtype=dtype, process_groups=process_groups, rank_timeout=rank_timeout
+            )
+        elif dtype is not None or process_groups is not None:
+            raise BridgeError("dtype and process_groups belong to conversion_tasks: give them to get_conversion_tasks")
+        elif not tasks.belongs_to(model):
+            raise BridgeError("these conversion_tasks were made of another model; call get_conversion_tasks(model)")
+        if bucket_bytes is not None:
+            total = len(tasks.buckets(bucket_bytes))
+            return tracked(tasks.stream(bucket_bytes, cpu=cpu, stacked=stacked), total, "export", shown=show_progress)
+        weights = tasks.weights(cpu=cpu, stacked=stacked)
+        return tracked(weights, len(tasks.hf_shapes), "export", shown=show_progress)
 
     def save_hf_pretrained(
         self,
@@ -225,7 +329,7 @@ class AutoBridge:
         *,
         overwrite: bool = False,
         show_progress: bool = False,
-        dtype: "torch.dtype | None" = None,
+        dtype: "DtypePolicy" = None,
         distributed_save: bool = True,
         max_shard_bytes: float = 5e9,
     ) -> Path:
@@ -238,7 +342,7 @@ class AutoBridge:
             path: the folder to make.
             overwrite: replace a Hugging Face folder that is there.
             show_progress: draw a progress bar on rank 0.
-            dtype: cast floating-point weights; None keeps the model's.
+            dtype: as in `get_conversion_tasks`.
             distributed_save: every rank writes its share of the files; False leaves all to rank 0.
             max_shard_bytes: size of one weight file.
 
@@ -340,10 +444,13 @@ def _set_fields(provider: Any, values: Mapping[str, Any]) -> None:
         setattr(provider, name, value)
 
 
-def _bridge_class(config: "PretrainedConfig") -> type[MegatronModelBridge]:
+def _model_bridge(config: "PretrainedConfig") -> MegatronModelBridge:
     name = reader.architecture(config)
+    head = None if name in MODEL_BRIDGES else head_of(name)
+    if head is not None:
+        return HeadedBridge(config, head)
     try:
-        return MODEL_BRIDGES[name]
+        return MODEL_BRIDGES[name](config)
     except UnknownPlugin as error:
         raise UnknownPlugin(
             f'{error}\nA family that is not offered can be added by any package: see "Write a plugin" in the README'

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.live_weights import as_chunks
+from megatron.bridge.conversion.weight_source import QUANTIZATION_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,6 +20,8 @@ _MODEL_ATTRIBUTES = {
     "vocab_size": "unpadded_vocab_size",
     "share_embeddings_and_output_weights": "share_embeddings_and_output_weights",
     "max_position_embeddings": "max_position_embeddings",
+    "num_labels": "num_labels",
+    "encoder_num_layers": "encoder_num_layers",
 }
 
 
@@ -40,15 +43,28 @@ def with_values(config: "PretrainedConfig", values: Mapping[str, Any]) -> "Pretr
 
 
 def config_json(config: "PretrainedConfig", source: Path | None, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` should say: the source's own file with the changes, or the configuration object's values."""
+    """What `config.json` should say: the source's own file with the changes, or the configuration object's values.
+
+    How the source's weights were quantised is left out: what is written is in full precision.
+    """
+    changes = dict(changes)
+    if "num_labels" in changes:  # files spell it by naming the labels
+        changes |= {name: getattr(config, name) for name in ("id2label", "label2id")}
+        del changes["num_labels"]
     if source is None:
         values: dict[str, Any] = config.to_dict()
         values.pop("_name_or_path", None)
-        return values | dict(changes)
-    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        return in_full_precision(values) | changes
+    values = in_full_precision(json.loads((source / "config.json").read_text(encoding="utf-8")))
     # Files written before transformers 5 spell it `torch_dtype`.
     spelled = {"dtype": "torch_dtype"} if "torch_dtype" in values else {}
     return values | {spelled.get(name, name): value for name, value in changes.items()}
+
+
+def in_full_precision(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's values without what they say about low-bit weights, in parts of it too."""
+    kept = {name: value for name, value in values.items() if name not in QUANTIZATION_KEYS}
+    return {name: in_full_precision(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _value(chunk: Any, field: str) -> Any:

@@ -29,8 +29,8 @@ _COLUMNS: tuple[str, ...] = (
 class PlanRow:
     """One Megatron weight of a plan.
 
-    `nbytes` are as the side that was inspected holds it; `owner` names the ranks that hold it at the layout asked for,
-    each `local_nbytes` of it.
+    `nbytes` are as the side that was inspected holds it, low-bit weights decoded; `owner` names the ranks that hold it
+    at the layout asked for, each `local_nbytes` of it.
     """
 
     megatron: str
@@ -67,8 +67,8 @@ def inspect_plan(
         return _rows(plan, {item.megatron: weights[item.megatron].dtype for item in plan}, layout or {})
     bridge = AutoBridge.from_hf_pretrained(path, trust_remote_code=trust_remote_code)
     plan = offline_import_plan(bridge)
-    held = bridge.source.weights  # type: ignore[union-attr]
-    return _rows(plan, {item.megatron: held[base_name(item.hf[0])].dtype for item in plan}, layout or {})
+    held = bridge.stored_weights.dtypes
+    return _rows(plan, {item.megatron: held[base_name(item.hf[0])] for item in plan}, layout or {})
 
 
 def is_megatron(path: str | Path) -> bool:

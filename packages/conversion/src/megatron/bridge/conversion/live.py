@@ -1,17 +1,16 @@
-"""The live executor: Hugging Face weights to and from a model that is spread over tensor-, pipeline- and
+"""The live executor's way in: Hugging Face weights to a model that is spread over tensor-, pipeline- and
 expert-parallel ranks.
 
-On the way in every rank reads only the bytes it owns. On the way out one weight (of one expert) at a time is gathered,
-so memory is bounded by the largest Hugging Face weight. Plans are proven before the first byte moves.
+Every rank reads only the bytes it owns. The plan is proven before the first byte moves.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron.bridge.conversion.entries import base_name, entry_of, join_entries
+from megatron.bridge.conversion.entries import entry_of
 from megatron.bridge.conversion.live_weights import Layout, as_chunks, canonical_weights
-from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem, export_plan, import_plan
+from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem, import_plan
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.conversion.shards import Expert, cut_axis
 from megatron.bridge.conversion.table import WeightTable
@@ -124,7 +123,12 @@ def _all_gathered[T](value: T, group: Any, size: int) -> list[T]:
 
 
 def load_weights(
-    model: Model, table: WeightTable, source: WeightSource, what: str = "import", progress: Progress | None = None
+    model: Model,
+    table: WeightTable,
+    source: WeightSource,
+    what: str = "import",
+    progress: Progress | None = None,
+    groups: Any = None,
 ) -> Plan:
     """Fill a model with Hugging Face weights. Collective over the model's ranks.
 
@@ -134,14 +138,15 @@ def load_weights(
         source: where the weights are.
         what: named in errors, e.g. the folder.
         progress: called with each Megatron name and the elements read for it on this rank.
+        groups: process groups, as in `Layout.of`.
 
     Raises:
         PlanError: the two sides do not correspond; no weight was touched.
         BridgeError: reading failed on some rank (raised on all).
     """
     chunks = as_chunks(model)
-    layout = Layout.of(chunks)
-    local = canonical_weights(chunks)
+    layout = Layout.of(chunks, groups)
+    local = canonical_weights(chunks, layout)
     index = megatron_index(table, local, layout)
     plan = import_plan(table, source.shapes, index.shapes, what)
     _refuse_uneven(plan, layout, what)
@@ -154,7 +159,8 @@ def load_weights(
                 if progress is not None:
                     progress(item.megatron, local[item.megatron].numel())
 
-    on_every_rank(fill, f"{what} failed", PlanError)
+    # A framework with groups of its own may have ranks besides that do not load.
+    on_every_rank(fill, f"{what} failed", PlanError, None if groups is None else layout.groups)
     return plan
 
 
@@ -199,99 +205,3 @@ def check_ties(plan: Plan, source: WeightSource, what: str) -> None:
                 f"{what}: {name} differs from {to}, but the configuration ties them (tie_word_embeddings); "
                 "one of the two would be lost. Set tie_word_embeddings to false in config.json if they should differ"
             )
-
-
-class Exporter:
-    """An export of a spread model: its proven plan, then its weights. Made collectively, on every rank of the model."""
-
-    def __init__(self, model: Model, table: WeightTable, what: str = "export") -> None:
-        chunks = as_chunks(model)
-        self._what = what
-        self._layout = Layout.of(chunks)
-        self._local = canonical_weights(chunks)
-        self._index = megatron_index(table, self._local, self._layout)
-        self.plan = export_plan(table, self._index.shapes, what)
-
-    def dtypes(self, dtype: "torch.dtype | None" = None) -> "dict[str, torch.dtype]":
-        """dtype of every Hugging Face weight that `weights(dtype)` yields."""
-        return {base_name(name): self._dtype(item, dtype) for item in self.plan for name in item.hf}
-
-    def _dtype(self, item: PlanItem, wanted: "torch.dtype | None") -> "torch.dtype":
-        held = self._index.dtypes[item.megatron]
-        return wanted if wanted and held.is_floating_point and not item.rule.keeps_dtype else held
-
-    def weights(self, dtype: "torch.dtype | None" = None) -> "Iterator[tuple[str, torch.Tensor]]":
-        """The Hugging Face weights, whole, in plan order. Collective."""
-        self._refuse_diverged_copies()
-        yield from join_entries(self._single_weights(dtype), self.plan.hf_shapes)
-
-    def _single_weights(self, dtype: "torch.dtype | None") -> "Iterator[tuple[str, torch.Tensor]]":
-        for item in self.plan:
-            tensor = self._whole(item).to(self._dtype(item, dtype))
-            yield from zip(item.hf, item.rule.transform.inverse(tensor), strict=True)
-
-    def _whole(self, item: PlanItem) -> "torch.Tensor":
-        """The global Megatron weight on every rank."""
-        import torch.distributed as dist
-
-        layout, stage = self._layout, self._index.owners[item.megatron][0]
-        tensor = self._of_stage(item) if layout.pipeline_rank == stage else self._empty(item)
-        if layout.pipeline_size > 1:
-            dist.broadcast(tensor, group=layout.pipeline_group, group_src=stage)
-        return tensor
-
-    def _of_stage(self, item: PlanItem) -> "torch.Tensor":
-        """The global Megatron weight on every rank of the pipeline stage that holds it."""
-        import torch.distributed as dist
-
-        layout, owner = self._layout, self._index.expert_owners.get(item.megatron)
-        tensor = self._gathered(item) if owner in (None, layout.expert_rank) else self._empty(item)
-        if owner is not None and layout.expert_size > 1:
-            dist.broadcast(tensor, group=layout.expert_group, group_src=owner)
-        return tensor
-
-    def _empty(self, item: PlanItem) -> "torch.Tensor":
-        import torch
-
-        device = next(iter(self._local.values())).device
-        return torch.empty(item.shape, dtype=self._index.dtypes[item.megatron], device=device)
-
-    def _gathered(self, item: PlanItem) -> "torch.Tensor":
-        import torch
-        import torch.distributed as dist
-
-        tensor = self._local[item.megatron].detach()
-        group = self._layout.dividing(item.rule.shard)
-        sharded = item.rule.shard.local_shape(item.shape, group.size()) != item.shape
-        if not sharded:
-            return tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(group.size())]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return item.rule.shard.join(parts)
-
-    def _refuse_diverged_copies(self) -> None:
-        """Pipeline stages that hold the same weight (tied embeddings) must hold the same values."""
-        import torch.distributed as dist
-
-        shared = [name for name, owners in self._index.owners.items() if len(owners) > 1]
-        if not shared:
-            return
-        here = {name: _fingerprint(self._local[name]) for name in shared if name in self._local}
-        by_stage: list[Any] = [None] * self._layout.pipeline_size
-        dist.all_gather_object(by_stage, here, group=self._layout.pipeline_group)
-        for name in shared:
-            values = {stage: held[name] for stage, held in enumerate(by_stage) if name in held}
-            if len(set(values.values())) > 1:
-                raise PlanError(
-                    f"{self._what}: pipeline stages {sorted(values)} hold different values of {name}, which is tied; "
-                    "the model was loaded or trained without keeping them in step, so neither copy can be exported"
-                )
-
-
-def _fingerprint(tensor: "torch.Tensor") -> str:
-    import hashlib
-
-    import torch
-
-    raw = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(raw.data, digest_size=16).hexdigest()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 from megatron.bridge.conversion.shards import Expert, ShardRule
+from megatron.bridge.errors import BridgeError
 
 # Experts as modules of their own (any layer spec), and as numbered weights of one module (Transformer Engine's).
 _EXPERT_MODULE = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(.+)")
@@ -36,15 +37,15 @@ def as_chunks(model: "torch.nn.Module | Sequence[torch.nn.Module]") -> "list[tor
     return [unwrap(chunk) for chunk in chunks]
 
 
-def canonical_weights(chunks: "Sequence[torch.nn.Module]") -> "dict[str, torch.Tensor]":
-    """Every parameter and persistent buffer on this rank by canonical name.
+def canonical_weights(chunks: "Sequence[torch.nn.Module]", layout: "Layout | None" = None) -> "dict[str, torch.Tensor]":
+    """Every parameter and persistent buffer on this rank by canonical name; `layout` as it is, or None to find it.
 
     A tied output layer of the last pipeline stage goes by the embedding's name, as it does in checkpoints; where one
     rank holds both, they are one tensor. Experts go by their number in the whole model:
     `decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`.
     """
     weights: dict[str, torch.Tensor] = {}
-    layout = Layout.of(chunks)
+    layout = layout or Layout.of(chunks)
     for chunk in chunks:
         names = _Names(chunk, layout)
         for name, value in chunk.state_dict(keep_vars=True).items():
@@ -116,14 +117,28 @@ class Layout:
     expert_tensor_group: Any = None
 
     @classmethod
-    def of(cls, chunks: "Sequence[Any]") -> "Layout":
-        """The layout that the model was built with."""
-        groups = getattr(chunks[0], "pg_collection", None)
+    def of(cls, chunks: "Sequence[Any]", groups: Any = None) -> "Layout":
+        """The layout that the model was built with.
+
+        Args:
+            chunks: the model's chunks on this rank, unwrapped.
+            groups: the process groups (attributes `tp`, `pp`, and for experts `ep`, `expt_tp`) of a framework that
+                keeps its own; None takes those that the model holds, or Megatron-Core's.
+        """
+        groups = getattr(chunks[0], "pg_collection", None) if groups is None else groups
         if groups is None:
             from megatron.core.process_groups_config import ProcessGroupCollection
 
             groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "ep", "expt_tp"])
+        absent = [name for name in ("tp", "pp") if getattr(groups, name, None) is None]
+        if absent:
+            raise BridgeError(f"the process groups {groups!r} lack {' and '.join(absent)}; give them by these names")
         return cls(groups.tp, groups.pp, getattr(groups, "ep", None), getattr(groups, "expt_tp", None))
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """Every group in which weights are exchanged; None for one that the model does not have."""
+        return self.tensor_group, self.pipeline_group, self.expert_group, self.expert_tensor_group
 
     def dividing(self, rule: ShardRule) -> Any:
         """The group whose ranks hold the parts of a weight with this shard rule."""

@@ -18,7 +18,8 @@ def megatron_logits(model: Model, input_ids: "torch.Tensor") -> "torch.Tensor":
         input_ids: token ids [batch, sequence], the same on every rank.
 
     Returns:
-        Logits [batch, sequence, vocabulary] in float32, padding columns included.
+        Logits [batch, sequence, vocabulary] in float32, padding columns included; of a headed model
+        [batch, sequence, labels].
     """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -44,29 +45,35 @@ def megatron_logits(model: Model, input_ids: "torch.Tensor") -> "torch.Tensor":
         )
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
-    return _everywhere(collected, layout, input_ids)
+    gathered = not getattr(chunks[-1], "parallel_output", True)
+    return _everywhere(collected, layout, input_ids, gathered)
 
 
 def _forward_step(rows: "Iterator[torch.Tensor]", chunk: Any) -> Any:
     import torch
 
     tokens = next(rows)
+    if getattr(chunk, "xattn_needed", False):  # an encoder-decoder; its decoder reads the same tokens
+        return chunk(tokens, tokens, None, None, None), lambda output, non_loss_data: output
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     return chunk(tokens, positions, None), lambda output, non_loss_data: output
 
 
-def _everywhere(collected: "list[torch.Tensor]", layout: Layout, input_ids: "torch.Tensor") -> "torch.Tensor":
-    """The last stage's logits, gathered over the vocabulary and sent to every stage."""
+def _everywhere(
+    collected: "list[torch.Tensor]", layout: Layout, input_ids: "torch.Tensor", gathered: bool
+) -> "torch.Tensor":
+    """The last stage's logits, `gathered` over the vocabulary by the model or else here, sent to every stage."""
     import torch
     import torch.distributed as dist
 
     last = layout.pipeline_size - 1
     logits: Any = None
     if layout.pipeline_rank == last:
-        local = torch.cat(collected[: input_ids.shape[0]]).float().contiguous()
-        parts = [torch.empty_like(local) for _ in range(layout.tensor_size)]
-        dist.all_gather(parts, local, group=layout.tensor_group)
-        logits = torch.cat(parts, -1)
+        logits = torch.cat(collected[: input_ids.shape[0]]).float().contiguous()
+        if not gathered:
+            parts = [torch.empty_like(logits) for _ in range(layout.tensor_size)]
+            dist.all_gather(parts, logits, group=layout.tensor_group)
+            logits = torch.cat(parts, -1)
     if layout.pipeline_size > 1:
         shape: list[Any] = [None if logits is None else tuple(logits.shape)]
         dist.broadcast_object_list(shape, group=layout.pipeline_group, group_src=last)

@@ -155,7 +155,7 @@ def _join(table: WeightTable, megatron: Mapping[str, Shape], problems: _Problems
         hf, hf_shapes = rule.hf_for(indices), tuple(rule.transform.hf_shapes(shape))
         items.append(PlanItem(name, shape, hf, hf_shapes, rule, indices))
     for rule in table.rules:
-        if rule.megatron not in used:
+        if rule.megatron not in used and not rule.optional:
             problems.add(_UNUSED_RULE, f"{rule.megatron} <- {', '.join(rule.hf_names)}")
     return items
 

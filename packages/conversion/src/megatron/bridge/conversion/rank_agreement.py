@@ -1,6 +1,6 @@
 """Ranks that agree: what fails on one rank is raised on every rank, so that none waits for a peer that has left."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
@@ -15,8 +15,32 @@ def gather[T](value: T) -> list[T]:
     return gathered
 
 
-def on_every_rank[T](work: Callable[[], T], doing: str, error_type: type[BridgeError] = BridgeError) -> T:
-    """Run `work` on this rank and return its result when it succeeded on all ranks. Collective over the world.
+def gather_within[T](groups: Iterable[Any], value: T) -> dict[int, T]:
+    """The `value` of every rank that `groups` join to this one, by rank. Collective over each group in turn."""
+    import torch.distributed as dist
+
+    found = {dist.get_rank(): value}
+    for group in groups:
+        if group is not None and group.size() > 1:
+            gathered: list[Any] = [None] * group.size()
+            dist.all_gather_object(gathered, found, group=group)
+            found = {rank: told for each in gathered for rank, told in each.items()}
+    return found
+
+
+def on_every_rank[T](
+    work: Callable[[], T],
+    doing: str,
+    error_type: type[BridgeError] = BridgeError,
+    groups: Iterable[Any] | None = None,
+) -> T:
+    """Run `work` on this rank and return its result when it succeeded on all ranks. Collective.
+
+    Args:
+        work: what to do.
+        doing: begins the error's message.
+        error_type: of the error.
+        groups: process groups that join the ranks that must agree; None for the world.
 
     Raises:
         BridgeError: (of `error_type`, on every rank) `work` failed somewhere; says `doing`, the reasons and the ranks.
@@ -28,12 +52,12 @@ def on_every_rank[T](work: Callable[[], T], doing: str, error_type: type[BridgeE
         result = work()
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         failure, cause = reason(error), error
-    by_rank = gather(failure)
-    failed = [rank for rank, text in enumerate(by_rank) if text is not None]
+    by_rank = dict(enumerate(gather(failure))) if groups is None else gather_within(groups, failure)
+    failed = [rank for rank, text in sorted(by_rank.items()) if text is not None]
     if not failed:
         return result  # type: ignore[return-value]  # nothing failed, so `work` returned it
     where = "" if len(failed) == len(by_rank) else f" (on rank {', '.join(map(str, failed[:8]))})"
-    texts = sorted({text for text in by_rank if text is not None})
+    texts = sorted({text for text in by_rank.values() if text is not None})
     raise error_type(f"{doing}{where}: {' | '.join(texts[:3])}") from cause
 
 

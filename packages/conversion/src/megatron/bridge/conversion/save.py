@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
 from megatron.bridge.conversion.hf import HFFolderWriter, copy_companions, write_config
-from megatron.bridge.conversion.live import Exporter, Model
+from megatron.bridge.conversion.live import Model
+from megatron.bridge.conversion.live_export import Exporter
 from megatron.bridge.conversion.progress import tracked
 from megatron.bridge.conversion.rank_agreement import gather, on_every_rank, on_rank_zero
 from megatron.bridge.errors import BridgeError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.dtype_policy import DtypePolicy
 
 
 def save_hf_folder(
@@ -24,17 +26,17 @@ def save_hf_folder(
     companions: bool,
     overwrite: bool = False,
     show_progress: bool = False,
-    dtype: "torch.dtype | None" = None,
+    dtype: "DtypePolicy" = None,
     distributed_save: bool = True,
     max_shard_bytes: float = 5e9,
 ) -> Path:
     """See `AutoBridge.save_hf_pretrained`. Collective."""
-    exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}")
-    dtypes = exporter.dtypes(dtype)
+    exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}", dtype=dtype)
+    dtypes = exporter.dtypes
     tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}
     writer = _open_together(path, tensors, max_shard_bytes, overwrite)
     try:
-        _write_share(writer, exporter, dtype, distributed_save, show_progress)
+        _write_share(writer, exporter, distributed_save, show_progress)
         on_rank_zero(lambda: _finish(writer, bridge, dtypes, companions), f"export to {path} failed")
     except BaseException:
         writer.abort()
@@ -57,15 +59,13 @@ def _open_together(path: Path, tensors: Any, max_shard_bytes: float, overwrite: 
     return writer
 
 
-def _write_share(
-    writer: HFFolderWriter, exporter: Exporter, dtype: "torch.dtype | None", distributed: bool, show_progress: bool
-) -> None:
+def _write_share(writer: HFFolderWriter, exporter: Exporter, distributed: bool, show_progress: bool) -> None:
     rank, world = platform.rank(), platform.world_size()
     files = writer.files_of(rank, world) if distributed else (writer.files if rank == 0 else ())
     mine = {name for file in files for name in writer.tensors_of(file)}
     # Every rank takes part in the gathering of every weight, so a failed write is kept until all are through.
     failure: Exception | None = None
-    for name, tensor in tracked(exporter.weights(dtype), len(exporter.plan.hf_shapes), "export", shown=show_progress):
+    for name, tensor in tracked(exporter.weights(), len(exporter.plan.hf_shapes), "export", shown=show_progress):
         if name in mine and failure is None:
             try:
                 writer.write(name, tensor)

@@ -1,7 +1,8 @@
 """Shard rules: how tensor- and expert-parallel ranks divide a Megatron tensor. Data only, no process group.
 
 Megatron-Core's own layouts: column-parallel weights are cut along axis 0, row-parallel along axis 1, and a gated MLP's
-first projection holds a cut of the gate followed by a cut of the up projection on every rank.
+first projection holds a cut of the gate followed by a cut of the up projection on every rank. A state-space layer's
+first projection holds several blocks of different sizes, each of which is cut by itself.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,20 @@ from megatron.bridge.conversion.transforms import Region, Shape, whole
 
 @dataclass(frozen=True)
 class Blocks:
-    """`axis` holds `count` equal blocks; every rank holds its cut of each block, one after another."""
+    """`axis` holds blocks one after another; every rank holds its cut of each block, in the same order.
+
+    Args:
+        axis: of the tensor.
+        parts: how many equal blocks there are, or the sizes of unequal ones (any multiple of them will do).
+    """
 
     axis: int
-    count: int = 1
+    parts: int | tuple[int, ...] = 1
+
+    def _blocks(self, total: int) -> list[int]:
+        """Sizes of the blocks of an axis of `total`; whole numbers where `divides` says so."""
+        ratio = (1,) * self.parts if isinstance(self.parts, int) else self.parts
+        return [total * size // sum(ratio) for size in ratio]
 
     def local_shape(self, shape: Shape, size: int) -> Shape:
         """Shape on each of `size` ranks of a tensor of global `shape`."""
@@ -31,22 +42,26 @@ class Blocks:
 
     def divides(self, shape: Shape, size: int) -> bool:
         """Whether `size` ranks can hold equal parts."""
-        return shape[self.axis] % (self.count * size) == 0
+        total = shape[self.axis]
+        blocks = self._blocks(total)
+        return sum(blocks) == total and all(block % size == 0 for block in blocks)
 
     def regions(self, shape: Shape, rank: int, size: int) -> list[Region]:
         """The regions of the global tensor that `rank` of `size` holds, in the order it holds them along `axis`."""
-        block = shape[self.axis] // self.count
-        part = block // size
-        starts = (index * block + rank * part for index in range(self.count))
-        full = whole(shape)
-        return [(*full[: self.axis], (start, start + part), *full[self.axis + 1 :]) for start in starts]
+        regions, first, full = [], 0, whole(shape)
+        for block in self._blocks(shape[self.axis]):
+            start = first + rank * (block // size)
+            regions.append((*full[: self.axis], (start, start + block // size), *full[self.axis + 1 :]))
+            first += block
+        return regions
 
     def split(self, tensor: "torch.Tensor", size: int) -> "list[torch.Tensor]":
         """The local tensors of all ranks."""
         import torch
 
-        blocks = [block.chunk(size, self.axis) for block in tensor.chunk(self.count, self.axis)]
-        return [torch.cat([block[rank] for block in blocks], self.axis) for rank in range(size)]
+        blocks = tensor.split(self._blocks(tensor.shape[self.axis]), self.axis)
+        cut = [block.chunk(size, self.axis) for block in blocks]
+        return [torch.cat([block[rank] for block in cut], self.axis) for rank in range(size)]
 
     def join(self, parts: "Sequence[torch.Tensor]") -> "torch.Tensor":
         """The global tensor of all ranks' local tensors."""
@@ -54,8 +69,9 @@ class Blocks:
 
         if len(parts) == 1:
             return parts[0]
-        cut = [part.chunk(self.count, self.axis) for part in parts]
-        return torch.cat([blocks[index] for index in range(self.count) for blocks in cut], self.axis)
+        sizes = self._blocks(parts[0].shape[self.axis])
+        cut = [part.split(sizes, self.axis) for part in parts]
+        return torch.cat([blocks[index] for index in range(len(sizes)) for blocks in cut], self.axis)
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,11 @@ def cut_axis(rule: ShardRule) -> int:
     """The axis along which a rank's regions follow one another; 0 for a weight that is not cut."""
     inner = rule.inner if isinstance(rule, Expert) else rule
     return inner.axis if isinstance(inner, Blocks) else 0
+
+
+def is_column(rule: ShardRule) -> bool:
+    """Whether the ranks' parts, one after another in memory, are the whole weight."""
+    return (rule.inner if isinstance(rule, Expert) else rule) == COLUMN
 
 
 REPLICATED = Replicated()

@@ -23,6 +23,7 @@ class WeightRule:
         transform: the tensor function between the two sides.
         shard: how parallel ranks divide the Megatron weight; `Expert` for every name with `{e}`, and for no other.
         keeps_dtype: an export to another dtype leaves this weight in its own (routing biases that must stay fp32).
+        optional: the model may lack this weight, in a table that serves several variants of a family.
     """
 
     megatron: str
@@ -30,6 +31,7 @@ class WeightRule:
     transform: Transform = Identity()
     shard: ShardRule = REPLICATED
     keeps_dtype: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
         spelled = {name: set(NamePattern(name).indices) for name in (self.megatron, *self.hf_names)}

@@ -5,8 +5,9 @@ columns that the wanted region of the result needs, so the same code serves a te
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -291,8 +292,24 @@ class Transposed(Transform):
         return [part.t() for part in self.inner.inverse(megatron)]
 
 
+class _Reordered(Transform):
+    """The same rows on both sides, in another order."""
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return hf[0]
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [megatron]
+
+
+def _cuts(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Of rows `start` to `stop`, the part in each block of `rows`: the block, and from where to where in it."""
+    for block in range(start // rows, -(-stop // rows)):
+        yield block, max(start - block * rows, 0), min(stop - block * rows, rows)
+
+
 @dataclass(frozen=True)
-class PermuteBlocks(Transform):
+class PermuteBlocks(_Reordered):
     """Equal blocks of rows in another order: block i of the Megatron tensor is the other side's block `order[i]`.
 
     Args:
@@ -301,20 +318,12 @@ class PermuteBlocks(Transform):
 
     order: tuple[int, ...]
 
-    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
-        return hf[0]
-
-    def hf_shapes(self, megatron: Shape) -> list[Shape]:
-        return [megatron]
-
     def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
         import torch
 
-        start, stop = region[0]
         rows = hf[0].shape[0] // len(self.order)
         pieces = []
-        for block in range(start // rows, -(-stop // rows)):
-            low, high = max(start - block * rows, 0), min(stop - block * rows, rows)
+        for block, low, high in _cuts(*region[0], rows):
             first = self.order[block] * rows
             pieces.append(hf[0].read(_on_axis(region, 0, first + low, first + high)))
         return torch.cat(pieces)
@@ -324,3 +333,100 @@ class PermuteBlocks(Transform):
 
         blocks = megatron.chunk(len(self.order))
         return [torch.cat([blocks[self.order.index(place)] for place in range(len(blocks))])]
+
+
+@dataclass(frozen=True)
+class Alternating(_Reordered):
+    """`count` blocks of rows that take turns on the Hugging Face side: row i of block b is its row i * count + b."""
+
+    count: int
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        import torch
+
+        pieces = []
+        for block, low, high in _cuts(*region[0], hf[0].shape[0] // self.count):
+            # Files are read in runs: the other blocks' rows come with this one's.
+            run = hf[0].read(_on_axis(region, 0, low * self.count, high * self.count))
+            pieces.append(run[block :: self.count])
+        return torch.cat(pieces)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return [megatron.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(0, 1)]
+
+
+@dataclass(frozen=True)
+class PermuteRows(_Reordered):
+    """Rows in another order within groups of equal size: row i of a group is the other side's row `order[i]`.
+
+    Args:
+        order: a permutation of 0 to n - 1, for groups of n rows.
+    """
+
+    order: tuple[int, ...]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        start, stop = region[0]
+        size = len(self.order)
+        first, last = start // size * size, -(-stop // size) * size
+        rows = self._ordered(hf[0].read(_on_axis(region, 0, first, last)), self.order)
+        return rows[start - first : stop - first]
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return [self._ordered(megatron, back)]
+
+    @staticmethod
+    def _ordered(rows: "torch.Tensor", order: Sequence[int]) -> "torch.Tensor":
+        return rows.unflatten(0, (-1, len(order)))[:, list(order)].flatten(0, 1)
+
+
+type Run = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class GatherRows(Transform):
+    """Runs of rows of the Hugging Face tensors, one after another: the fused projections that follow no simpler rule.
+
+    Args:
+        runs: (which tensor, its first row, rows) in the order of the Megatron tensor; every row of every tensor occurs
+            exactly once.
+    """
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        """Rows of each Hugging Face tensor."""
+        counts = [0] * (max(source for source, _, _ in self.runs) + 1)
+        for source, _, rows in self.runs:
+            counts[source] += rows
+        return counts
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return (sum(shape[0] for shape in hf), *hf[0][1:])
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return [(rows, *megatron[1:]) for rows in self._rows]
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        import torch
+
+        start, stop = region[0]
+        pieces, place = [], 0
+        for source, first, rows in self.runs:
+            low, high = max(start - place, 0), min(stop - place, rows)
+            if low < high:
+                pieces.append(hf[source].read(_on_axis(region, 0, first + low, first + high)))
+            place += rows
+        return torch.cat(pieces)
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        import torch
+
+        runs = megatron.split([rows for _, _, rows in self.runs])
+        placed = sorted(zip(self.runs, runs, strict=True), key=lambda each: each[0])
+        return [
+            torch.cat([piece for (source, _, _), piece in placed if source == wanted])
+            for wanted in range(len(self._rows))
+        ]

@@ -91,17 +91,16 @@ class Certificate:
 
 def reference_logits(folder: Path, input_ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
+    from megatron.bridge.conversion.reference import logits_of, model_class
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids.to(platform.device())).logits
-    return logits.float()
+    found = model_class(AutoConfig.from_pretrained(str(folder)))
+    model = found.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
+    return logits_of(model, input_ids.to(platform.device()))
 
 
 def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":

@@ -6,7 +6,8 @@ nothing happens on import. `replaced()` lists every name it stands in for. It re
 
 Tested with Megatron-Core 0.19; what is replaced:
 
-- allocation (`torch.empty(device="cuda")`, `Tensor.to("cuda")`, `Module.cuda()`, ...) lands on the CPU;
+- allocation (`torch.empty(device="cuda")`, `Tensor.to("cuda")`, `Module.cuda()`, ...) lands on the CPU, and no memory
+  is pinned for a GPU to read;
 - streams, events and NVTX ranges do nothing: a CPU has one queue, in program order;
 - CUDA random state is the default generator's;
 - `Tensor.type()` answers `torch.cuda.FloatTensor`, since the optimizers select parameters by that string;
@@ -128,6 +129,8 @@ def _enter_cpu_mode() -> Any:
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if kwargs and "device" in kwargs:
                 kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+            if kwargs and "pin_memory" in kwargs:
+                kwargs = {**kwargs, "pin_memory": False}
             if function is torch.Tensor.to:
                 args = tuple(map(_on_cpu, args))
             return function(*args, **(kwargs or {}))
@@ -157,6 +160,7 @@ def _redirect_allocation() -> None:
 
     _replace(torch.nn.Module, "to", to_cpu)
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "pin_memory", lambda self, *args: self)
     _replace(torch.nn.Module, "cuda", lambda self, *args, **kwargs: self)
     _replace(torch, "autocast", _cpu_autocast_class())
 

@@ -8,30 +8,32 @@ def test_my_family():
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.platform.launch import run_ranks
 from megatron.bridge.testing.hf_models import random_model, save_random_model
+from megatron.bridge.testing.layouts import EVERYWHERE, EXPERTS_EVERYWHERE, LAYOUTS, layout_fields, ranks_of
+
+__all__ = [
+    "EVERYWHERE",
+    "EXPERTS_EVERYWHERE",
+    "LAYOUTS",
+    "FamilyCase",
+    "FamilyMismatch",
+    "check_family",
+    "compare",
+    "expect_same_keys",
+    "expect_same_weights",
+    "family_case",
+    "refuse_without_any_rule",
+]
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
-
-_TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
-_VPP = "virtual_pipeline_model_parallel_size"
-
-# Name -> the provider fields that make the layout.
-LAYOUTS: dict[str, dict[str, int]] = {
-    "single": {},
-    "tp2": {_TP: 2},
-    "pp2": {_PP: 2},
-    "vpp2": {_PP: 2, _VPP: 2},
-    "tp2pp2": {_TP: 2, _PP: 2},
-    "tp4": {_TP: 4},
-}
-EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
 
 
 class FamilyMismatch(AssertionError):
@@ -68,28 +70,30 @@ def family_case(config: "PretrainedConfig", folder: Path, name: str | None = Non
     """
     import torch
 
+    from megatron.bridge.conversion.reference import logits_of
+
     weights = save_random_model(config, folder)
     tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        logits = random_model(config)(tokens).logits
-    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits)
+    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits_of(random_model(config), tokens))
 
 
 def check_family(
     config: "PretrainedConfig",
     *,
-    layouts: Iterable[str] = EVERYWHERE,
+    layouts: Iterable[str] | None = None,
     layer_spec: str | None = "torch",
     tolerance: float = 1e-5,
 ) -> dict[str, float]:
     """Prove a family on a tiny random model of `config`.
 
-    At every layout: transformers' logits, and the very weights that were read on the way out. On one rank besides:
-    without any one rule of its table nothing is converted, and the error names the weights.
+    At every layout: transformers' logits, and the very weights that were read on the way out. On one rank besides: the
+    table's names and shapes are those of Megatron-Core's `sharded_state_dict()`, and without any one of its rules
+    nothing is converted, and the error names the weights.
 
     Args:
         config: of a model that is small enough for a test, in float32.
-        layouts: names in `LAYOUTS`.
+        layouts: names in `LAYOUTS` and `EXPERT_LAYOUTS`; None takes one rank, two tensor-parallel and two
+            pipeline-parallel ones, and for a mixture of experts two expert- and two expert-tensor-parallel ones.
         layer_spec: layer spec to build with; None takes the machine's default.
         tolerance: largest difference of a logit, relative to the largest logit.
 
@@ -100,11 +104,33 @@ def check_family(
         FamilyMismatch: what differs, and where.
         BridgeError: the family is not offered, or refuses the configuration.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _one_thread():
         case = family_case(config, Path(folder))
-        found = {layout: compare([case], layout, layer_spec, tolerance)[case.name] for layout in layouts}
+        names = layouts or (EXPERTS_EVERYWHERE if _has_experts(case) else EVERYWHERE)
+        found = {layout: compare([case], layout, layer_spec, tolerance)[case.name] for layout in names}
+        run_ranks(1, expect_same_keys, case, timeout=120)
         run_ranks(1, refuse_without_any_rule, case, timeout=120)
     return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: ranks are forked from this process, and a pool of threads does not survive that."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _has_experts(case: FamilyCase) -> bool:
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+
+    provider = AutoBridge.from_hf_pretrained(case.folder).to_megatron_provider()
+    return bool(getattr(provider, "num_moe_experts", None))
 
 
 def compare(
@@ -118,9 +144,8 @@ def compare(
     Raises:
         FamilyMismatch: some case's logits differ by more than `tolerance`, or a weight comes back changed.
     """
-    sizes = LAYOUTS[layout]
-    ranks = sizes.get(_TP, 1) * sizes.get(_PP, 1)
-    found: dict[str, float] = run_ranks(ranks, _compare_in_rank, cases, sizes, layer_spec, timeout=600)[0]
+    fields = layout_fields(layout)
+    found: dict[str, float] = run_ranks(ranks_of(fields), _compare_in_rank, cases, fields, layer_spec, timeout=600)[0]
     above = {name: difference for name, difference in found.items() if not difference < tolerance}
     if above:
         raise FamilyMismatch(f"{layout}, layer spec {layer_spec}: logits differ from transformers' by {above}")
@@ -164,6 +189,21 @@ def expect_same_weights(case: FamilyCase, exported: "Iterator[tuple[str, torch.T
         raise FamilyMismatch(f"{case.name}: the exported weights are not those that were read ({told})")
 
 
+def expect_same_keys(case: FamilyCase) -> None:
+    """Compare the family's table with Megatron-Core's `sharded_state_dict()`. To be run in one rank.
+
+    Raises:
+        FamilyMismatch: a key or a shape that only one of the two has.
+    """
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.testing.key_table import differences
+
+    bridge = AutoBridge.from_hf_pretrained(case.folder)
+    model = bridge.to_megatron_model(load_weights=False)
+    if found := differences(bridge.get_conversion_tasks(model).plan, model):
+        raise FamilyMismatch(f"{case.name}: the table and Megatron-Core's checkpoints differ: {'; '.join(found)}")
+
+
 def refuse_without_any_rule(case: FamilyCase) -> int:
     """Leave out each rule of the family's table in turn: nothing may be converted. To be run in one rank.
 
@@ -176,6 +216,7 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
     import torch
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.entries import base_name
     from megatron.bridge.conversion.plan import PlanError
     from megatron.bridge.conversion.table import WeightTable
 
@@ -183,7 +224,8 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
     model = bridge.to_megatron_model(load_weights=False)
     before = [parameter.clone() for parameter in model[0].parameters()]
     table = bridge.model_bridge.mapping_registry()
-    for rule in table.rules:
+    first = {item.rule.megatron: item for item in reversed(bridge.get_conversion_tasks(model).plan.items)}
+    for rule in (rule for rule in table.rules if rule.megatron in first):
         rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
         bridge.model_bridge.mapping_registry = lambda rest=rest: rest  # type: ignore[method-assign, misc]
         try:
@@ -192,10 +234,10 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
             message = str(error)
         else:
             raise FamilyMismatch(f"{case.name}: the import went through without the rule for {rule.megatron}")
-        first = dict.fromkeys(rule.pattern.indices, 0)
-        unnamed = [name for name in (rule.pattern.format(first), *rule.hf_for(first)) if name not in message]
+        item = first[rule.megatron]
+        unnamed = [name for name in (item.megatron, *map(base_name, item.hf)) if name not in message]
         if unnamed:
             raise FamilyMismatch(f"{case.name}: without its rule, {', '.join(unnamed)} is not named in: {message}")
     if not all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True)):
         raise FamilyMismatch(f"{case.name}: a refused import has changed the model")
-    return len(table.rules)
+    return len(first)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1) -> "PreTrainedModel":
-    """A causal language model of `config` in which no weight has a special value.
+    """A model of `config` (of its architecture, else a causal language model) in which no weight has a special value.
 
     Freshly made norms are all ones and biases all zeros, and a conversion could mix those up unseen.
 
@@ -19,10 +19,13 @@ def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1)
         spread: standard deviation of the noise added to every weight.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from megatron.bridge.conversion.reference import model_class
 
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    build = model_class(config)
+    model: PreTrainedModel = build._from_config(config) if hasattr(build, "_from_config") else build.from_config(config)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))

@@ -26,7 +26,8 @@ def with_biases(spec: Any, config: TransformerConfig, attention_output: bool | N
         layers = [with_biases(layer, config, attention_output, mlp) for layer in spec.layer_specs or ()]
         return dataclasses.replace(spec, layer_specs=layers)
     layer = spec.submodules
-    if attention_output != config.add_bias_linear:
+    # Linear attention has no such projection.
+    if attention_output != config.add_bias_linear and hasattr(layer.self_attention.submodules, "linear_proj"):
         attention = _with_bias(layer.self_attention, ("linear_proj",), attention_output)
         layer = dataclasses.replace(layer, self_attention=attention)
     if mlp != config.add_bias_linear:

@@ -14,8 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
+from megatron.bridge.models.layer_specs.moe_layer import VariantMoELayer
 from megatron.bridge.models.layer_specs.norms import ProjectionNorm, RowParallelLinearWithNorm, torch_norm
+from megatron.bridge.models.layer_specs.routers import VariantRouter
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 from megatron.bridge.models.layer_specs.xielu import mlp_with_xielu
@@ -48,6 +51,12 @@ class BlockVariant:
         logits_softcap: logits l become cap * tanh(l / cap).
         rotary_reversed: queries and keys turn the other way round.
         output_bias: bias of the output layer.
+        routing: how a mixture of experts chooses and weighs them, where Megatron-Core has no switch for it: a name in
+            `ROUTING_RULES`.
+        routing_eps: what that rule makes of it.
+        moe_multiplier: factor on what a mixture of experts gives.
+        latent_norm_epsilon: epsilon of the norms on multi-latent attention's latents (None: as other norms').
+        group_ranking: groups of experts are ranked by this many of their best experts (None: Megatron-Core's way).
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
 
@@ -71,6 +80,11 @@ class BlockVariant:
     logits_softcap: float | None = None
     rotary_reversed: bool = False
     output_bias: bool = False
+    routing: Literal["sparsemixer", "biased_softmax", "sigmoid"] | None = None
+    routing_eps: float = 0.0
+    moe_multiplier: float = 1.0
+    latent_norm_epsilon: float | None = None
+    group_ranking: int | None = None
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
 
@@ -80,7 +94,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
     Raises:
         BridgeError: the spec's modules cannot be changed so; only those of the layer spec `torch` can.
     """
-    if _is_plain(variant):
+    if is_plain(variant):
         return spec
     if not isinstance(spec, TransformerBlockSubmodules):
         raise BridgeError("the layer spec gives no block of layers to change; use layer_spec='torch'")
@@ -95,10 +109,10 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
     return dataclasses.replace(spec, layer_specs=layers, layer_norm=_norm(spec.layer_norm, variant))
 
 
-def _is_plain(variant: BlockVariant) -> bool:
+def is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
-    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed"}
+    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "group_ranking"}
     fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
     return all(getattr(variant, field.name) == field.default for field in fields)
 
@@ -118,7 +132,10 @@ def _layer(
     if variant.post_norm:
         norm = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         attention = _changed(attention, linear_proj=lambda builder: _with_post_norm(builder, norm))
-        mlp = _changed(mlp, linear_fc2=lambda builder: _with_post_norm(builder, norm))
+        if not is_mixture_of_experts(layer):
+            mlp = _changed(mlp, linear_fc2=lambda builder: _with_post_norm(builder, norm))
+    if is_mixture_of_experts(layer):
+        mlp = _mixture(mlp, variant)
     if variant.trained_activation is not None:
         mlp = functools.partial(mlp_with_xielu, mlp.func, *mlp.args, **mlp.keywords)
     if variant.residual_multiplier != 1.0:
@@ -132,6 +149,18 @@ def _layer(
         self_attn_bda=bdas[0],
         mlp_bda=bdas[1],
     )
+
+
+def _mixture(part: Any, variant: BlockVariant) -> Any:
+    """The mixture of experts' `partial` with the variant's router and what stands behind the experts."""
+    if variant.routing is not None:
+        router = functools.partial(VariantRouter, rule=variant.routing, eps=variant.routing_eps)
+        part = _changed(part, router=lambda builder: router)
+    if not variant.post_norm and variant.moe_multiplier == 1.0:
+        return part
+    norm = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
+    behind: dict[str, Any] = {"norm": norm if variant.post_norm else None, "multiplier": variant.moe_multiplier}
+    return functools.partial(VariantMoELayer, *part.args, **part.keywords, **behind)
 
 
 def _norm(builder: Any, variant: BlockVariant) -> Any:
@@ -153,6 +182,9 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
     if variant.qk_norm_after_rope:
         params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)
+    elif variant.latent_norm_epsilon is not None:
+        names = [name for name in ("q_layernorm", "kv_layernorm") if getattr(part.submodules, name) is not IdentityOp]
+        part = _changed(part, **{name: _with_epsilon(variant.latent_norm_epsilon) for name in names})
     elif config.qk_layernorm and variant.qk_norm_over != "channels":
         heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         over = functools.partial(ProjectionNorm, whole=variant.qk_norm_over == "projection")
@@ -163,6 +195,15 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
             part, q_layernorm=lambda norm: _norm(norm, variant), k_layernorm=lambda norm: _norm(norm, variant)
         )
     return _changed(part, core_attention=lambda core: _core_attention(core, params)) if params else part
+
+
+def _with_epsilon(epsilon: float) -> Builder:
+    def change(norm: Any) -> Builder:
+        if norm is not torch_norm:
+            raise _needs_torch(f"norms on latents with an epsilon of their own ({epsilon})")
+        return lambda *args, **kwargs: norm(*args, **{**kwargs, "eps": epsilon})
+
+    return change
 
 
 def _core_attention(builder: Any, params: dict[str, Any]) -> ModuleSpec:

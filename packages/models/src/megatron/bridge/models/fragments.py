@@ -77,10 +77,14 @@ def head(
     tied: bool,
     norm: tuple[str, ...] = WEIGHT,
     bias: bool = False,
+    own_norm: str = "decoder.final_layernorm",
     names: HFNames = LLAMA_NAMES,
 ) -> list[WeightRule]:
-    """The final norm, and the output layer where it is a weight of its own."""
-    rules = [WeightRule(f"decoder.final_layernorm.{kind}", f"{names.final_norm}.{kind}") for kind in norm]
+    """The final norm, and the output layer where it is a weight of its own; `own_norm` is Megatron's name of the norm.
+
+    Hybrid models have another name for it than GPT models.
+    """
+    rules = [WeightRule(f"{own_norm}.{kind}", f"{names.final_norm}.{kind}") for kind in norm]
     kinds = (() if tied else ("weight",)) + (("bias",) if bias else ())
     for kind in kinds:
         rules.append(WeightRule(f"output_layer.{kind}", f"{names.output}.{kind}", PadRows(vocab_size), COLUMN))

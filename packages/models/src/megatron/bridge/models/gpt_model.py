@@ -1,19 +1,21 @@
-"""Megatron-Core's GPT model, with a loss that the padded part of the vocabulary takes no part in."""
+"""Megatron-Core's language models, with a loss that the padded part of the vocabulary takes no part in."""
 
 from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megatron.bridge.models.block_variant import BlockVariant
+from megatron.bridge.models.expert_groups import rank_groups
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.norms import torch_norm
 
 
-class BridgeGPTModel(GPTModel):
-    """`GPTModel` that knows its layer spec's name, and by `unpadded_vocab_size` how many of its output rows are real.
+class BridgeLanguageModel(LanguageModule):
+    """A model that knows its layer spec's name, and by `unpadded_vocab_size` how many of its output rows are real.
 
     Megatron pads the vocabulary to suit tensor parallelism. Logits of padded rows would add to every softmax, so that
     the same weights would have another loss at another layout; here they are masked.
@@ -37,6 +39,8 @@ class BridgeGPTModel(GPTModel):
             self._add_embedding_norm(variant)
         if self.post_process and variant.output_bias:
             self._add_output_bias()
+        if variant.group_ranking is not None:
+            rank_groups(self, variant.group_ranking)
         for layer in self.decoder.layers:
             if isinstance(layer, VariantLayer):
                 layer.parallel = variant.parallel_block
@@ -94,6 +98,10 @@ class BridgeGPTModel(GPTModel):
         share = logits.shape[-1]
         first = share * self.pg_collection.tp.rank()
         return torch.arange(first, first + share, device=logits.device) >= held
+
+
+class BridgeGPTModel(BridgeLanguageModel, GPTModel):
+    """Megatron-Core's GPT model."""
 
 
 class _Offset:

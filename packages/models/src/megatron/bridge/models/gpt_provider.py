@@ -1,8 +1,10 @@
 """`GPTModelProvider`: everything that defines a GPT model, as one dataclass that can build it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,9 +36,15 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         share_embeddings_and_output_weights: tie the output layer to the embedding.
         add_attention_output_bias, add_mlp_bias: bias of attention's output projection and of the MLP; None follows
             `add_bias_linear`.
+        num_labels: a classification or reward head of so many outputs per token replaces the vocabulary's output layer.
+        head_bias, head_dropout: of that head: whether it has a bias, and the dropout before it.
+        pad_token_id: padding, which a headed model passes over when it looks for a sequence's last token.
         layer_spec: a name of the group `megatron.bridge.layer_specs`; None takes `transformer_engine` where it runs,
             else `torch`.
     """
+
+    # The Megatron-Core config that the model is built from.
+    config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
 
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 128
@@ -52,6 +60,10 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
     fp16_lm_cross_entropy: bool = False
     parallel_output: bool = True
     scatter_embedding_sequence_parallel: bool = True
+    num_labels: int | None = None
+    head_bias: bool = False
+    head_dropout: float = 0.0
+    pad_token_id: int | None = None
     layer_spec: str | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -81,7 +93,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         """
         if problems := layout_problems(self):
             raise BridgeError("the model cannot be built as configured:\n  " + "\n  ".join(problems))
-        values = {f.name: getattr(self, f.name) for f in fields(TransformerConfig) if f.init}
+        values = {f.name: getattr(self, f.name) for f in fields(self.config_class) if f.init}
         if values["pipeline_dtype"] is None:
             values["pipeline_dtype"] = self.params_dtype
         if self.virtual_pipeline_model_parallel_size is not None:
@@ -90,7 +102,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         if self._provides_initial_weights():
             values["perform_initialization"] = False
         try:
-            return TransformerConfig(**values)
+            return self.config_class(**values)
         except (ValueError, AssertionError, TypeError) as error:
             raise BridgeError(f"Megatron-Core refuses the model's configuration: {error}") from error
 
@@ -103,41 +115,63 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             pre_process, post_process: hold the embedding, the output layer; None asks the pipeline stage.
             vp_stage: virtual pipeline stage, or None without virtual stages.
         """
-        from megatron.core import parallel_state
-
         from megatron.bridge.models.biases import with_biases
-        from megatron.bridge.models.gpt_model import BridgeGPTModel
 
-        config = self.transformer_config()
+        config, build = self.transformer_config(), self._model_class()
         layer_spec = self.layer_spec or default_layer_spec()
         spec = LAYER_SPECS[layer_spec](config, vp_stage=vp_stage)
         spec = with_variant(spec, config, self)
         spec = with_biases(spec, config, self.add_attention_output_bias, self.add_mlp_bias)
+        model = build(
+            config=config,
+            transformer_layer_spec=spec,
+            **self._model_arguments(pre_process, post_process, vp_stage),
+        )
+        return self._finished(model, layer_spec)
+
+    def _model_arguments(
+        self, pre_process: bool | None, post_process: bool | None, vp_stage: int | None
+    ) -> dict[str, Any]:
+        """What Megatron-Core's language models are all made with."""
+        from megatron.core import parallel_state
+
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        model = BridgeGPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=self.padded_vocab_size,
-            max_sequence_length=(self.max_position_embeddings or self.seq_length) + self.position_offset,
-            pre_process=pre_process,
-            post_process=post_process,
-            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
-            parallel_output=self.parallel_output,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type=self.position_embedding_type,
-            rotary_percent=self.rotary_percent,
-            rotary_base=self.rotary_base,
-            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
-            vp_stage=vp_stage,
-        )
+        return {
+            "vocab_size": self.padded_vocab_size,
+            "max_sequence_length": (self.max_position_embeddings or self.seq_length) + self.position_offset,
+            "pre_process": pre_process,
+            "post_process": post_process,
+            "fp16_lm_cross_entropy": self.fp16_lm_cross_entropy,
+            "parallel_output": self.parallel_output,
+            "share_embeddings_and_output_weights": self.share_embeddings_and_output_weights,
+            "position_embedding_type": self.position_embedding_type,
+            "rotary_percent": self.rotary_percent,
+            "rotary_base": self.rotary_base,
+            "scatter_embedding_sequence_parallel": self.scatter_embedding_sequence_parallel,
+            "vp_stage": vp_stage,
+        }
+
+    def _finished(self, model: Any, layer_spec: str) -> torch.nn.Module:
+        """The model with what Megatron-Core's constructor does not know."""
         model.unpadded_vocab_size = self.vocab_size
         model.layer_spec = layer_spec
         model.apply_variant(self)
         self._turn_positions(model)
-        return model
+        finished: torch.nn.Module = model
+        return finished
+
+    def _model_class(self) -> Callable[..., Any]:
+        from megatron.bridge.models.gpt_model import BridgeGPTModel
+
+        if self.num_labels is None:
+            return BridgeGPTModel
+        from megatron.bridge.models.classification_head import HeadedGPTModel
+
+        names = ("num_labels", "head_bias", "head_dropout", "pad_token_id")
+        return functools.partial(HeadedGPTModel, **{name: getattr(self, name) for name in names})
 
     def _turn_positions(self, model: Any) -> None:
         """Replace the model's plain RoPE where it is scaled, or differs between layers."""

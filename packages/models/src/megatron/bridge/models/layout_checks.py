@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 def layout_problems(provider: "GPTModelProvider") -> list[str]:
     """Every size that the layout cannot divide, in words."""
-    return [*_sizes(provider), *_tensor_parallel(provider), *_pipeline_parallel(provider), *_experts(provider)]
+    checks = (_sizes, _tensor_parallel, _latents, _pipeline_parallel, _experts)
+    return [problem for check in checks for problem in check(provider)]
 
 
 def _sizes(provider: "GPTModelProvider") -> Iterator[str]:
@@ -50,6 +51,19 @@ def _tensor_parallel(provider: "GPTModelProvider") -> Iterator[str]:
         yield f"tensor_model_parallel_size={size} does not divide ffn_hidden_size={ffn}; sizes that do: {fitting_ffn}"
     if provider.sequence_parallel and size == 1:
         yield "sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False"
+
+
+def _latents(provider: "GPTModelProvider") -> Iterator[str]:
+    size = provider.tensor_model_parallel_size
+    if not provider.multi_latent_attention or size < 1:
+        return
+    latents = {
+        "q_lora_rank": provider.q_lora_rank,
+        "kv_lora_rank + qk_pos_emb_head_dim": provider.kv_lora_rank + provider.qk_pos_emb_head_dim,
+    }
+    for name, rank in latents.items():
+        if rank is not None and rank % size:
+            yield f"tensor_model_parallel_size={size} does not divide {name}={rank}; sizes that do: {_divisors(rank)}"
 
 
 def _pipeline_parallel(provider: "GPTModelProvider") -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -65,6 +66,26 @@ def apply_layer_rope_parameters(
         layer.self_attention._yarn_concentration_factor = frequencies[layer.rope_kind].attention_factor
 
 
+def apply_latent_rope_parameters(model: Any, rope_parameters: dict[str, Any], max_position_embeddings: int) -> None:
+    """Give the multi-latent attention of every layer scaled frequencies, all layers the same.
+
+    Args:
+        model: a GPT model chunk whose config says `rope_type="yarn"`, so that cosine and sine come with a factor.
+        rope_parameters: as for `apply_rope_parameters`.
+        max_position_embeddings: positions the Hugging Face configuration states.
+
+    Raises:
+        BridgeError: as `apply_rope_parameters`.
+    """
+    size = model.config.qk_pos_emb_head_dim
+    frequencies = _ScaledFrequencies(rope_parameters, max_position_embeddings, size, 1.0)
+    rotary = None
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            rotary = rotary or _RotaryEmbeddingWithFactor(module.rotary_pos_emb, frequencies)
+            module.rotary_pos_emb = rotary
+
+
 def _plain_frequencies(config: Any, device: torch.device, seq_len: int | None = None) -> tuple[Tensor, float]:
     """RoPE as first described (arXiv:2104.09864)."""
     turned = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
@@ -118,6 +139,13 @@ class _ScaledRotaryEmbedding(RotaryEmbedding):
         if self._frequencies.rope_type in _BY_LENGTH:
             self.inv_freq = self._frequencies.for_length(max_seq_len)[0].to(self.inv_freq.device)
         return super().get_emb(max_seq_len, offset)
+
+
+class _RotaryEmbeddingWithFactor(_ScaledRotaryEmbedding):
+    """A scaled rotary embedding that gives the factor on cosine and sine too, as multi-latent attention expects it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        return super().forward(*args, **kwargs), self._frequencies.attention_factor
 
 
 class _RotaryEmbeddingByKind(RotaryEmbedding):

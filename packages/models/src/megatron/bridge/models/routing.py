@@ -9,10 +9,11 @@ from typing import Any
 from megatron.bridge.errors import BridgeError
 
 
-def softmax_routing(topk: int, *, normalised: bool) -> dict[str, Any]:
+def softmax_routing(topk: int, *, normalised: bool, scaling: float = 1.0) -> dict[str, Any]:
     """Provider fields of softmax over all experts, then the `topk` largest, normalised to sum to one or not.
 
-    Normalising after the choice is softmax over the chosen ones alone, which is how Megatron computes it.
+    The weights are multiplied by `scaling`. Normalising after the choice is softmax over the chosen ones alone, which
+    is how Megatron computes it.
     """
     if normalised and topk == 1:
         raise BridgeError("routing: one expert per token with normalised weights gives every expert the weight 1")
@@ -20,6 +21,7 @@ def softmax_routing(topk: int, *, normalised: bool) -> dict[str, Any]:
         "moe_router_score_function": "softmax",
         "moe_router_topk": topk,
         "moe_router_pre_softmax": not normalised,
+        "moe_router_topk_scaling_factor": None if scaling == 1.0 else float(scaling),
     }
 
 
@@ -50,14 +52,61 @@ def sigmoid_routing(
         "moe_router_enable_expert_bias": True,
         "moe_router_dtype": "fp32",
     }
-    if groups and chosen_groups and chosen_groups < groups:
-        if topk // chosen_groups != 2:
-            raise BridgeError(
-                f"routing: {topk} experts from {chosen_groups} of {groups} groups; Megatron-Core ranks a group by its "
-                f"{topk // chosen_groups} best experts, transformers by its 2 best; they agree at 2 experts per group"
-            )
-        fields |= {"moe_router_num_groups": groups, "moe_router_group_topk": chosen_groups}
-    return fields
+    return fields | group_fields(topk, groups, chosen_groups, ranking=2)
+
+
+def group_fields(topk: int, groups: int | None, chosen_groups: int | None, *, ranking: int) -> dict[str, Any]:
+    """Provider fields of a choice from the best `chosen_groups` of `groups` groups of experts; none where that is all.
+
+    Args:
+        topk: experts per token.
+        ranking: a group is as good as the sum of this many of its best experts.
+    """
+    if not (groups and chosen_groups and chosen_groups < groups):
+        return {}
+    return {
+        "moe_router_num_groups": groups,
+        "moe_router_group_topk": chosen_groups,
+        # Megatron-Core's own ranking is by this many.
+        "group_ranking": None if topk // chosen_groups == ranking else ranking,
+    }
+
+
+def sparsemixer_routing(topk: int, *, jitter: float) -> dict[str, Any]:
+    """Provider fields of SparseMixer (arXiv:2409.12136), which samples in training and chooses the best otherwise.
+
+    Raises:
+        BridgeError: more or fewer than the two experts per token that it is made for.
+    """
+    if topk != 2:
+        raise BridgeError(f"routing: SparseMixer chooses 2 experts per token, not {topk}")
+    return {**softmax_routing(topk, normalised=False), "routing": "sparsemixer", "routing_eps": float(jitter)}
+
+
+def biased_softmax_routing(topk: int, *, least_sum: float) -> dict[str, Any]:
+    """Provider fields of softmax scores, chosen with a bias per expert and weighed without it, normalised.
+
+    The bias is no parameter, and training leaves it as it is.
+
+    Args:
+        topk: experts per token.
+        least_sum: what the chosen scores are divided by, where their sum is less.
+    """
+    return {
+        **softmax_routing(topk, normalised=False),
+        "moe_router_dtype": "fp32",
+        "routing": "biased_softmax",
+        "routing_eps": float(least_sum),
+    }
+
+
+def sigmoid_of_chosen(topk: int, *, normalised: bool) -> dict[str, Any]:
+    """Provider fields of the `topk` largest logits' sigmoids, normalised to sum to one or not."""
+    if normalised == (topk > 1):
+        return {"moe_router_score_function": "sigmoid", "moe_router_topk": topk}
+    if normalised:
+        raise BridgeError("routing: one expert per token with normalised weights gives every expert the weight 1")
+    return {**softmax_routing(topk, normalised=False), "routing": "sigmoid"}
 
 
 def balancing(coefficient: float | None) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def save_checkpoint(
     scheduler: Any,
     cfg: "ConfigContainer",
     consumed_samples: int | None = None,
+    logger_states: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
@@ -49,6 +50,7 @@ def save_checkpoint(
         model: chunks of this rank, wrapped or not.
         optimizer, scheduler: None leaves them out.
         consumed_samples: training sequences drawn; None for `iteration * cfg.train.global_batch_size`.
+        logger_states: by logger, what it needs to go on after a resume; rank 0's counts.
 
     Returns:
         The finished folder.
@@ -65,6 +67,7 @@ def save_checkpoint(
         "consumed_samples": drawn,
         "parallel_layout": _layout(),
         "rng_state": random_state(),
+        "logger_states": dict(logger_states or {}),
     }
     if optimizer is not None:
         prepare_optimizer_state(optimizer)
@@ -141,7 +144,13 @@ def save(run: "RunState") -> Path:
     """Save `run` as it is now."""
     progress = run.progress
     return save_checkpoint(
-        progress.iteration, run.model, run.optimizer, run.scheduler, run.cfg, progress.consumed_samples
+        progress.iteration,
+        run.model,
+        run.optimizer,
+        run.scheduler,
+        run.cfg,
+        progress.consumed_samples,
+        run.logger_states,
     )
 
 
@@ -152,6 +161,9 @@ def restore(run: "RunState") -> None:
         BridgeError: see `load_checkpoint`.
     """
     run.progress = load_checkpoint(run.model, run.optimizer, run.scheduler, run.cfg)
+    assert run.cfg.checkpoint.load is not None
+    common = dist_checkpoint.load_common(dist_checkpoint.resolve(run.cfg.checkpoint.load))
+    run.logger_states = common.get("logger_states", {})
 
 
 def start_from(run: "RunState") -> None:

@@ -71,21 +71,33 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
-    """How the learning rate moves from step to step (Megatron-Core's `OptimizerParamScheduler`).
+    """How learning rate and weight decay move from step to step (Megatron-Core's `OptimizerParamScheduler`).
 
     Attributes:
-        lr_decay_style: shape after the warm-up, from `optimizer.lr` to `optimizer.min_lr` (None counts as 0).
+        lr_decay_style: shape after the warm-up, from `optimizer.lr` to `optimizer.min_lr` (None counts as 0). `WSD`
+            stays at `optimizer.lr` and falls at the end (arXiv:2404.06395); `inverse-square-root` falls as
+            1 / sqrt(step) from the end of the warm-up on (arXiv:1706.03762).
         lr_decay_iters: step at which `optimizer.min_lr` is reached; None for `train.train_iters`.
+        lr_wsd_decay_iters: how many of these steps the fall of `WSD` takes.
+        lr_wsd_decay_style: shape of that fall.
         lr_warmup_iters: steps of linear warm-up.
         lr_warmup_fraction: the same as a fraction of `lr_decay_iters`; set one of the two.
         lr_warmup_init: learning rate of the first step of the warm-up.
+        start_weight_decay, end_weight_decay: where the weight decay goes from and to, over `lr_decay_iters`; None for
+            `optimizer.weight_decay`.
+        weight_decay_incr_style: shape of that way; `constant` needs both ends equal.
     """
 
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     lr_decay_iters: int | None = None
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     lr_warmup_iters: int = 0
     lr_warmup_fraction: float | None = None
     lr_warmup_init: float = 0.0
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
 
 
 @dataclass(kw_only=True)
@@ -95,6 +107,8 @@ class CheckpointConfig:
     Attributes:
         save: folder for this run's checkpoints; None saves nothing.
         save_interval: steps between checkpoints; the last step is saved in any case.
+        most_recent_k: how many of this run's newest checkpoints to keep; None keeps all. An older one goes only after a
+            newer one was verified.
         load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position.
         load_optim: restore optimizer and schedule too.
         load_rng: restore the random state too (where the parallel layout is the same).
@@ -103,6 +117,7 @@ class CheckpointConfig:
 
     save: str | None = None
     save_interval: int | None = None
+    most_recent_k: int | None = None
     load: str | None = None
     load_optim: bool = True
     load_rng: bool = True
@@ -116,14 +131,30 @@ class LoggerConfig:
     Attributes:
         log_interval: steps between progress lines (where the output is no terminal) and `metrics.jsonl` records.
         folder: folder of `metrics.jsonl`; None for `checkpoint.save`, and no file when that is None too.
-        tensorboard_dir: folder for TensorBoard's event files; needs the extra `tensorboard`. None writes none.
         progress: show progress on rank 0.
+        tensorboard_dir: folder for TensorBoard's event files; needs the extra `tensorboard`. None writes none.
+        wandb_project: Weights & Biases project; needs the extra `wandb`. None sends nothing.
+        wandb_entity, wandb_exp_name: team and name of the run there; None leaves them to wandb.
+        wandb_save_dir: folder for wandb's own files; None leaves it to wandb.
+        mlflow_experiment: MLflow experiment; needs the extra `mlflow`. None records nothing.
+        mlflow_tracking_uri, mlflow_run_name: server or folder, and name of the run there; None leaves them to MLflow.
+        loggers: names of the group `megatron.bridge.loggers`, instead of those that the settings above ask for.
+        options: settings by logger, for loggers of other packages.
     """
 
     log_interval: int = 1
     folder: str | None = None
-    tensorboard_dir: str | None = None
     progress: bool = True
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_entity: str | None = None
+    wandb_exp_name: str | None = None
+    wandb_save_dir: str | None = None
+    mlflow_experiment: str | None = None
+    mlflow_tracking_uri: str | None = None
+    mlflow_run_name: str | None = None
+    loggers: list[str] | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

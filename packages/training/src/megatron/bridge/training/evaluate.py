@@ -1,13 +1,12 @@
 """Evaluation: the mean loss per token over a fixed part of the validation split."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.data import batches_per_chunk
 from megatron.bridge.training.step import forward_backward, global_loss
 
 if TYPE_CHECKING:
-    from megatron.bridge.training.progress import Reporter
+    from megatron.bridge.training.reporter import Reporter
     from megatron.bridge.training.state import RunState
 
 
@@ -32,9 +31,8 @@ def evaluate(run: "RunState", forward_step: Any) -> float:
 
 
 def evaluate_and_print_results(run: "RunState", forward_step: Any, reporter: "Reporter") -> float:
-    """`evaluate`, reported on rank 0 with its perplexity."""
+    """`evaluate`, reported on rank 0."""
     loss = evaluate(run, forward_step)
-    # Above this the exponential overflows a float.
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    reporter.evaluation(run.progress.iteration, loss, perplexity)
+    reporter.metrics(run.progress.iteration, {"valid_loss": loss})
+    run.callbacks.on_evaluate_end(run, loss)
     return loss

@@ -32,8 +32,29 @@ def forward_step(
     if data_iterator is None:
         return model(None, None, None, labels=None), _no_loss
     batch = {name: value.to(device(), non_blocking=True) for name, value in next(data_iterator).items()}
+    batch = on_this_context_rank(batch)
     output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"])
+    divided = context_ranks() > 1 and not state.cfg.model.calculate_per_token_loss
+    return output, partial(context_parallel_loss if divided else masked_loss, batch["loss_mask"])
+
+
+def context_ranks() -> int:
+    """How many ranks hold a part of each sequence."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def on_this_context_rank(batch: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """The part of a batch that this context-parallel rank holds: all of it without context parallelism."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    if context_ranks() == 1:
+        return batch
+    group = parallel_state.get_context_parallel_group()
+    part: dict[str, Tensor] = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return part
 
 
 def masked_loss(loss_mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
@@ -45,6 +66,20 @@ def masked_loss(loss_mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tenso
     # The schedule counts tokens in an int.
     tokens = mask.sum().to(torch.int)
     return total, tokens, {LOSS: torch.stack([total.detach(), tokens.to(total.dtype)])}
+
+
+def context_parallel_loss(loss_mask: "Tensor", losses: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
+    """`masked_loss` of this context-parallel rank's tokens, [micro batch, sequence / CP]. Collective.
+
+    Megatron-Core's schedule divides the sum by the number, and gradients are averaged over the ranks. Ranks may hold
+    different numbers of tokens that count; sum and number are such that the average is the micro-batch's mean.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    total, tokens, report = masked_loss(loss_mask, losses)
+    dist.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
+    return total * context_ranks(), tokens, report
 
 
 def _no_loss(output: "Tensor") -> Any:

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import restore, start_from
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
 from megatron.bridge.training.scheduler import build_scheduler
@@ -34,7 +35,7 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
         platform.destroy_distributed()
 
 
-def setup(cfg: "ConfigContainer") -> RunState:
+def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunState:
     """Validate `cfg`, then build data, model, optimizer and schedule, and load what the run starts from. Collective.
 
     Raises:
@@ -50,6 +51,7 @@ def setup(cfg: "ConfigContainer") -> RunState:
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, _num_microbatches(cfg), [], valid_set)
+    run.callbacks = Callbacks(callbacks)
     connect(model, optimizer)
     if cfg.checkpoint.load is not None:
         restore(run)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.training.callbacks import Callbacks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,6 +38,8 @@ class RunState:
         num_microbatches: forward passes per optimizer step on this rank.
         train_data: one iterator per model chunk.
         valid_dataset: the validation split, None when the run evaluates nothing.
+        logger_states: what the loggers said of themselves in the last checkpoint.
+        stop_requested: why a callback wants the run to end.
     """
 
     cfg: "ConfigContainer"
@@ -46,7 +50,14 @@ class RunState:
     train_data: list[Batches]
     valid_dataset: Any = None
     progress: TrainProgress = field(default_factory=TrainProgress)
+    callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
+    logger_states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stop_requested: str | None = None
     started: float = field(default_factory=time.monotonic)
+
+    def request_stop(self, why: str) -> None:
+        """End the run after the step in progress, with a checkpoint where one is configured; `why` is reported."""
+        self.stop_requested = self.stop_requested or why
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,8 @@ class TrainResult:
         loss: mean loss per token of the last step; None when no step was left to do.
         losses: iteration -> loss, for the steps of this call.
         grad_norms: iteration -> gradient norm before clipping, for the steps of this call.
-        stopped_by: `"train_iters"` when all steps were done, else `"SIGINT"`, `"SIGTERM"` or `"exit_duration"`.
+        stopped_by: `"train_iters"` when all steps were done, else `"SIGINT"`, `"SIGTERM"`, `"exit_duration"`
+            or `"callback"`.
         checkpoint: the last checkpoint written, None when none was.
         valid_loss: mean loss per token of the last evaluation, None without one.
     """

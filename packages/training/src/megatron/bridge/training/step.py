@@ -47,6 +47,7 @@ def train_step(run: "RunState", forward_step: Any) -> StepResult:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     reports = forward_backward(run, forward_step, run.train_data, run.num_microbatches, training=True)
+    run.callbacks.on_gradients(run)
     loss, tokens = global_loss(reports, run.progress.iteration + 1)
     learning_rate = _learning_rate(run.optimizer)
     updated, grad_norm, _ = run.optimizer.step()

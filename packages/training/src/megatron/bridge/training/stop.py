@@ -6,6 +6,7 @@ import time
 from types import FrameType
 from typing import Any, Self
 
+CALLBACK = "callback"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,19 +41,22 @@ class StopRequest:
             raise KeyboardInterrupt
         self._received = self._received or signal.Signals(number)
 
-    def reason(self) -> str | None:
-        """Why to stop: `"SIGINT"`, `"SIGTERM"`, `"exit_duration"`, or None to go on; the same on every rank.
+    def reason(self, asked: bool = False) -> str | None:
+        """Why to stop: `"SIGINT"`, `"SIGTERM"`, `"exit_duration"`, `"callback"`, or None; on all ranks alike.
 
-        Collective over the world: a signal that reached one rank stops all of them at the same step.
+        Collective over the world: what reached one rank stops all of them at the same step.
+
+        Args:
+            asked: a callback of this rank asks for it.
         """
         import torch
         import torch.distributed as dist
 
         from megatron.bridge.platform import device
 
-        reasons = (None, "exit_duration", *(number.name for number in _SIGNALS))
-        mine = self._received.name if self._received else None
-        if mine is None and self._deadline is not None and time.monotonic() > self._deadline:
+        reasons = (None, CALLBACK, "exit_duration", *(number.name for number in _SIGNALS))
+        mine = self._received.name if self._received else CALLBACK if asked else None
+        if mine in (None, CALLBACK) and self._deadline is not None and time.monotonic() > self._deadline:
             mine = "exit_duration"
         agreed = torch.tensor(reasons.index(mine), device=device())
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)

@@ -7,7 +7,8 @@ from megatron.bridge import platform
 from megatron.bridge.training import checkpoint
 from megatron.bridge.training.evaluate import evaluate_and_print_results
 from megatron.bridge.training.parameter_sync import whole_parameters
-from megatron.bridge.training.progress import Reporter
+from megatron.bridge.training.reporter import Reporter
+from megatron.bridge.training.retention import forget_older
 from megatron.bridge.training.state import TrainResult
 from megatron.bridge.training.step import train_step
 from megatron.bridge.training.stop import StopRequest
@@ -34,26 +35,34 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
     stopped_by: str | None = None
     with (
         StopRequest(settings.exit_signal_handler, settings.exit_duration_in_mins) as stop,
-        Reporter(run.cfg, progress.iteration, platform.is_rank_zero()) as reporter,
+        Reporter(run.cfg, progress.iteration, platform.is_rank_zero(), run.logger_states) as reporter,
     ):
+        run.train_data = [run.callbacks.watched(run, data) for data in run.train_data]
+        run.callbacks.on_train_start(run)
         while progress.iteration < settings.train_iters and stopped_by is None:
             result = train_step(run, forward_step)
             progress.iteration += 1
             progress.consumed_samples += settings.global_batch_size
             losses[progress.iteration], norms[progress.iteration] = result.loss, result.grad_norm
             reporter.step(progress.iteration, result)
+            run.callbacks.on_step_end(run, result)
             if _due(settings.eval_interval, progress.iteration):
                 valid_loss = evaluate_and_print_results(run, forward_step, reporter)
-            stopped_by = stop.reason()
+            stopped_by = stop.reason(asked=run.stop_requested is not None)
             done = progress.iteration == settings.train_iters or stopped_by is not None
             if _saves(run) and (done or _due(run.cfg.checkpoint.save_interval, progress.iteration)):
+                run.logger_states = reporter.states()
                 saved = checkpoint.save(run)
                 reporter.message(f"checkpoint {saved}")
+                run.callbacks.on_save(run, saved)
+                forget_older(run.cfg.checkpoint)
         with whole_parameters(run.model):
             pass  # the caller may go on to use the model
         if stopped_by is not None:
-            reporter.message(_how_to_resume(stopped_by, progress.iteration, settings.train_iters, saved))
-    return TrainResult(
+            reporter.message(
+                _how_to_resume(run.stop_requested or stopped_by, progress.iteration, settings.train_iters, saved)
+            )
+    ended = TrainResult(
         iteration=progress.iteration,
         loss=losses.get(progress.iteration),
         losses=losses,
@@ -62,6 +71,8 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         checkpoint=saved,
         valid_loss=valid_loss,
     )
+    run.callbacks.on_train_end(run, ended)
+    return ended
 
 
 def _due(interval: int | None, iteration: int) -> bool:

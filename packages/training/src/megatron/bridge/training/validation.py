@@ -10,6 +10,7 @@ from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iteratio
 from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -74,6 +75,7 @@ def _sizes(cfg: "ConfigContainer") -> Iterator[str]:
         "train.exit_duration_in_mins": cfg.train.exit_duration_in_mins,
         "logger.log_interval": cfg.logger.log_interval,
         "checkpoint.save_interval": cfg.checkpoint.save_interval,
+        "checkpoint.most_recent_k": cfg.checkpoint.most_recent_k,
         "dist.timeout_seconds": cfg.dist.timeout_seconds,
     }
     for name, value in positive.items():
@@ -87,7 +89,8 @@ def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
     if replica <= 0 or world_size % replica:
         yield (
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} needs a multiple of {replica} ranks, "
+            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} x "
+            f"context_parallel_size={getattr(model, 'context_parallel_size', 1)} needs a multiple of {replica} ranks, "
             f"and there are {world_size}; change the layout or start with another number of ranks"
         )
         return
@@ -120,8 +123,7 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
     except BridgeError as error:
         yield f"model: {error}"
     tensor = model.tensor_model_parallel_size
-    if model.sequence_parallel and tensor > 1 and model.seq_length % tensor:
-        yield f"model.seq_length={model.seq_length} is not a multiple of model.tensor_model_parallel_size={tensor}"
+    yield from _sequence_parts(model)
     if getattr(model, "multi_latent_attention", False):
         yield "model.multi_latent_attention=True is not supported by this training loop yet; leave it unset"
     if getattr(model, "num_moe_experts", None) and tensor > 1 and not model.sequence_parallel:
@@ -129,15 +131,23 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
             f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size={tensor} trains with "
             "model.sequence_parallel=true only; set it"
         )
-    if getattr(model, "context_parallel_size", 1) > 1:
-        yield (
-            f"model.context_parallel_size={model.context_parallel_size} is not supported by this training loop yet; "
-            "use tensor_model_parallel_size with sequence_parallel for long sequences"
-        )
     dtype = _dtype_name(model)
     for flag, name in _LOW_PRECISION.items():
         if (dtype == name) != bool(getattr(model, flag)):
             yield f"model.{flag}={getattr(model, flag)} and model.params_dtype={dtype} contradict each other; set both"
+
+
+def _sequence_parts(model: Any) -> Iterator[str]:
+    """Context-parallel ranks hold two chunks of every sequence each; under SP, tensor-parallel ranks divide those."""
+    context = getattr(model, "context_parallel_size", 1)
+    tensor = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    chunks = 2 * context if context > 1 else 1
+    if chunks > 0 and tensor > 0 and (model.seq_length % chunks or model.seq_length // max(context, 1) % tensor):
+        named = [f"2 x model.context_parallel_size={context}"] if context > 1 else []
+        named += [f"model.tensor_model_parallel_size={tensor} (sequence_parallel)"] if tensor > 1 else []
+        parts = chunks * tensor
+        fitting = max(model.seq_length // parts, 1) * parts
+        yield f"model.seq_length={model.seq_length} is not divided by {' and '.join(named)}; {fitting} would do"
 
 
 _LOW_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
@@ -168,7 +178,7 @@ def _optimizer(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _scheduler(cfg: "ConfigContainer") -> Iterator[str]:
     scheduler = cfg.scheduler
-    decay = scheduler.lr_decay_iters or cfg.train.train_iters
+    decay = decay_iters(cfg)
     if scheduler.lr_warmup_fraction is not None and scheduler.lr_warmup_iters:
         yield "scheduler.lr_warmup_iters and scheduler.lr_warmup_fraction are both set; keep one"
     if scheduler.lr_warmup_fraction is not None and not 0 <= scheduler.lr_warmup_fraction < 1:
@@ -180,6 +190,39 @@ def _scheduler(cfg: "ConfigContainer") -> Iterator[str]:
         )
     if cfg.optimizer.lr is not None and scheduler.lr_warmup_init > cfg.optimizer.lr:
         yield f"scheduler.lr_warmup_init={scheduler.lr_warmup_init} is greater than optimizer.lr={cfg.optimizer.lr}"
+    if scheduler.lr_decay_style == "inverse-square-root" and warmup_iters(cfg) <= 0:
+        yield "scheduler.lr_decay_style='inverse-square-root' falls from the end of the warm-up; set lr_warmup_iters"
+    yield from _final_fall(cfg)
+    yield from _weight_decay(cfg)
+
+
+def _final_fall(cfg: "ConfigContainer") -> Iterator[str]:
+    scheduler, falling = cfg.scheduler, cfg.scheduler.lr_wsd_decay_iters
+    longest = decay_iters(cfg) - warmup_iters(cfg)
+    if scheduler.lr_decay_style != "WSD":
+        if falling is not None:
+            yield (
+                f"scheduler.lr_wsd_decay_iters={falling} belongs to lr_decay_style='WSD', and that is "
+                f"{scheduler.lr_decay_style!r}; change one of them"
+            )
+    elif falling is None:
+        yield "scheduler.lr_decay_style='WSD' needs scheduler.lr_wsd_decay_iters, the number of steps of its fall"
+    elif not 0 < falling <= longest:
+        yield (
+            f"scheduler.lr_wsd_decay_iters={falling} must lie between 1 and the {longest:g} steps that "
+            "scheduler.lr_decay_iters (else train.train_iters) leaves after the warm-up"
+        )
+
+
+def _weight_decay(cfg: "ConfigContainer") -> Iterator[str]:
+    (start, end), style = weight_decay_range(cfg), cfg.scheduler.weight_decay_incr_style
+    if not 0 <= start <= end:
+        yield f"the weight decay goes from {start} to {end}; it must not be negative, nor fall: swap or change the two"
+    elif style == "constant" and start != end:
+        yield (
+            f"the weight decay goes from {start} to {end}, and scheduler.weight_decay_incr_style is 'constant'; set it "
+            "to 'linear' or 'cosine'"
+        )
 
 
 def _data(cfg: "ConfigContainer") -> Iterator[str]:
@@ -202,6 +245,8 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     checkpoint = cfg.checkpoint
     if checkpoint.save_interval is not None and checkpoint.save is None:
         yield "checkpoint.save_interval is set, but checkpoint.save is not: there is no folder to save into"
+    if checkpoint.most_recent_k is not None and checkpoint.save is None:
+        yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
     start = None
@@ -217,11 +262,22 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
 
 
 def _logger(cfg: "ConfigContainer") -> Iterator[str]:
-    if cfg.logger.tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
-        yield (
-            f"logger.tensorboard_dir={cfg.logger.tensorboard_dir!r} needs the package tensorboard, which is not there: "
-            "uv pip install 'megatron-bridge-training[tensorboard]'"
-        )
+    from megatron.bridge.training.reporter import loggers_of
+
+    try:
+        wanted = list(loggers_of(cfg))
+    except BridgeError as error:
+        yield f"logger.loggers: {error}"
+        return
+    for name, logger in wanted:
+        if logger.needs is not None and importlib.util.find_spec(logger.needs[0]) is None:
+            package, extra = logger.needs
+            yield (
+                f"the logger {name!r} needs the package {package}, which is not there: "
+                f"uv pip install 'megatron-bridge-training[{extra}]'"
+            )
+    for name in cfg.logger.options.keys() - {name for name, _ in wanted}:
+        yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 
 
 def _save_folder(save: Path, resumed: Path | None) -> Iterator[str]:

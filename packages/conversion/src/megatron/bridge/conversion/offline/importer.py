@@ -34,7 +34,7 @@ from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.keys import extra_state_keys, places
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, import_plan
-from megatron.bridge.conversion.weight_source import FolderSource
+from megatron.bridge.conversion.weight_source import quantization_config
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     if bridge.source is None:
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
     table, what = bridge.model_bridge.mapping_registry(), f"import of {bridge.source.path_or_id}"
-    shapes = {name: info.shape for name, info in bridge.source.weights.items()}
+    shapes = bridge.stored_weights.shapes
     plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
     refuse_other_model(plan, bridge.model_bridge, what)
     return plan
@@ -100,7 +100,7 @@ def import_checkpoint(
         _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
-    check_ties(plan, FolderSource(bridge.source.weights), f"import of {hf_model}")  # type: ignore[union-attr]
+    check_ties(plan, bridge.stored_weights, f"import of {hf_model}")
     try:
         journal = Journal(journal_file, _job(bridge, plan, files))
         try:
@@ -118,6 +118,7 @@ def _job(bridge: AutoBridge, plan: Plan, files: list[CheckpointFile]) -> dict[st
     weights = bridge.source.weights  # type: ignore[union-attr]
     return {
         "source": state_of([weights.folder / name for name in weights.files]),
+        "quantization": quantization_config(bridge.source),  # type: ignore[arg-type]
         "files": [[file.name, [f"{chunk.label}:{chunk.dtype}" for chunk in file.chunks]] for file in files],
         "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
     }
@@ -130,10 +131,10 @@ def _refuse_existing(target: Path) -> None:
 
 def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int) -> list[CheckpointFile]:
     found = places(plan)
-    held = bridge.source.weights  # type: ignore[union-attr]
+    held = bridge.stored_weights.dtypes
     chunks: list[Chunk] = []
     for item in plan:
-        stored = held[base_name(item.hf[0])].dtype
+        stored = held[base_name(item.hf[0])]
         chunks += chunks_of(item, found[item.megatron], _dtype(item, stored, dtype))
     objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
     return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
@@ -154,7 +155,7 @@ class _Import:
     def __init__(self, bridge: AutoBridge, target: Path, journal: Journal, files: list[CheckpointFile]) -> None:
         self._bridge, self._target, self._journal, self._files = bridge, target, journal, files
         self._partial = target.with_name(f".{target.name}.offline")
-        self._source = FolderSource(bridge.source.weights)  # type: ignore[union-attr]
+        self._source = bridge.stored_weights
         self._sync = BackgroundSync()
         self._done: dict[str, list[Part]] = {}
 

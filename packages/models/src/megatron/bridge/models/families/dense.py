@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion import hf_config
 from megatron.bridge.conversion.model_bridge import MegatronModelBridge
-from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Transform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models import fragments
@@ -82,9 +82,17 @@ class DenseBridge(MegatronModelBridge):
             "rope_parameters": dict(rope.scaling) if rope.scaling else None,
         }
 
-    def provider_bridge(self) -> "GPTModelProvider":
+    def provider_class(self) -> "type[GPTModelProvider]":
+        """The kind of provider."""
         from megatron.bridge.models.gpt_provider import GPTModelProvider
 
+        return GPTModelProvider
+
+    def provider_bridge(self) -> "GPTModelProvider":
+        return self.provider_class()(**self.provider_fields())
+
+    def provider_fields(self) -> dict[str, Any]:
+        """All that the provider is made with."""
         config = self.hf_config
         fields: dict[str, Any] = {
             "attention_dropout": 0.0,
@@ -105,30 +113,16 @@ class DenseBridge(MegatronModelBridge):
             "add_mlp_bias": self.mlp_bias(),
             "qk_layernorm": self.qk_norm(),
         }
-        return GPTModelProvider(**{**fields, **self.differences()})
+        return {**fields, **self.differences()}
 
     def mapping_registry(self) -> WeightTable:
         config, names, differences = self.hf_config, self.names, self.differences()
         tied = bool(config.tie_word_embeddings)
-        shared = bool(differences.get("shared_pre_norm"))
         mlp = fragments.gated_mlp if self.gated else fragments.plain_mlp
         return WeightTable.of(
             fragments.embedding(config.vocab_size, names, self.norm_kinds),
-            fragments.pre_norms(self.norm_kinds, shared=shared, names=names)
-            if differences.get("pre_norm", True)
-            else [],
-            fragments.attention(
-                heads=config.num_attention_heads,
-                groups=self._groups(differences),
-                head_dim=hf_config.head_dim(config),
-                qkv_bias=self.qkv_bias(),
-                output_bias=self.output_bias(),
-                qk_norm=self.qk_norm(),
-                qk_norm_kinds=self.norm_kinds if differences.get("qk_norm_over") is None else fragments.WEIGHT,
-                qk_norm_after_rope=bool(differences.get("qk_norm_after_rope")),
-                fused=self.fused_qkv(),
-                names=names,
-            ),
+            self.pre_norm_rules(differences),
+            self.attention_rules(differences),
             fragments.post_norms(self.norm_kinds, names=names) if differences.get("post_norm") else [],
             mlp(bias=self.mlp_bias(), names=names),
             fragments.head(
@@ -140,6 +134,28 @@ class DenseBridge(MegatronModelBridge):
             ),
             tied=fragments.tied_head(tied=tied, names=names),
             ignored=self.ignored(),
+        )
+
+    def pre_norm_rules(self, differences: Mapping[str, Any]) -> list[WeightRule]:
+        """The norms before attention and MLP."""
+        if not differences.get("pre_norm", True):
+            return []
+        shared = bool(differences.get("shared_pre_norm"))
+        return fragments.pre_norms(self.norm_kinds, shared=shared, names=self.names)
+
+    def attention_rules(self, differences: Mapping[str, Any]) -> list[WeightRule]:
+        """Attention's weights."""
+        return fragments.attention(
+            heads=self.hf_config.num_attention_heads,
+            groups=self._groups(differences),
+            head_dim=hf_config.head_dim(self.hf_config),
+            qkv_bias=self.qkv_bias(),
+            output_bias=self.output_bias(),
+            qk_norm=self.qk_norm(),
+            qk_norm_kinds=self.norm_kinds if differences.get("qk_norm_over") is None else fragments.WEIGHT,
+            qk_norm_after_rope=bool(differences.get("qk_norm_after_rope")),
+            fused=self.fused_qkv(),
+            names=self.names,
         )
 
     def _groups(self, differences: Mapping[str, Any]) -> int:
@@ -155,6 +171,24 @@ class DenseBridge(MegatronModelBridge):
     def ignored(self) -> tuple[str, ...]:
         """Hugging Face weights that carry nothing: frequencies that transformers stored before 4.32."""
         return (f"{self.names.layer}.self_attn.rotary_emb.inv_freq",)
+
+
+def refuse_other_values(config: Any, only: Mapping[str, Any]) -> None:
+    """Refuse a configuration that asks for what its family cannot express here.
+
+    Args:
+        config: the model's configuration.
+        only: field -> the one value that is supported; fields that the configuration lacks are left alone.
+
+    Raises:
+        BridgeError: names each field with another value.
+    """
+    held = {name: getattr(config, name, value) for name, value in only.items()}
+    # What was a tuple comes back from JSON as a list.
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+    other = [f"{name}={held[name]!r}" for name, value in values.items() if value != only[name]]
+    if other:
+        raise BridgeError(f"config.json: {', '.join(other)}: not supported in {type(config).__name__}")
 
 
 def windows_by_layer_type(config: Any) -> Sequence[int | None]:

@@ -9,7 +9,7 @@ from megatron.bridge.models.families.dense import SHARED_FIELDS
 from megatron.bridge.models.families.moe import MoEBridge
 from megatron.bridge.models.routing import balancing, softmax_routing
 
-_HF_MOE = "model.layers.{l}.block_sparse_moe"
+HF_MOE = "model.layers.{l}.block_sparse_moe"
 
 
 class MixtralBridge(MoEBridge):
@@ -20,6 +20,8 @@ class MixtralBridge(MoEBridge):
         "moe_ffn_hidden_size": "intermediate_size",
         "num_moe_experts": "num_local_experts",
     }
+
+    selection_bias: ClassVar[str | None] = None
 
     def windows(self) -> Sequence[int | None]:
         return [self.hf_config.sliding_window] * self.hf_config.num_hidden_layers
@@ -34,7 +36,7 @@ class MixtralBridge(MoEBridge):
 
     def moe_rules(self) -> list[WeightRule]:
         return [
-            *moe.moe_norm(),
-            *moe.router(f"{_HF_MOE}.gate"),
-            *moe.experts(f"{_HF_MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
+            *moe.moe_norm(kinds=self.norm_kinds),
+            *moe.router(f"{HF_MOE}.gate", selection_bias=self.selection_bias),
+            *moe.experts(f"{HF_MOE}.experts.{{e}}", gate="w1", up="w3", down="w2"),
         ]

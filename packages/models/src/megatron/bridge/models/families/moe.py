@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.model_bridge import MegatronModelBridge
@@ -20,7 +20,7 @@ class MoEBridge(DenseBridge):
     """A dense decoder, but for its mixtures of experts; subclasses say where they are and how tokens are routed."""
 
     # Expert counts and sizes go by other names in every family.
-    shared_fields: ClassVar[dict[str, str]] = {
+    shared_fields: ClassVar[Mapping[str, str]] = {
         **SHARED_FIELDS,
         "moe_ffn_hidden_size": "moe_intermediate_size",
         "num_moe_experts": "num_experts",

@@ -8,6 +8,19 @@ from megatron.bridge.models.families.dense import DenseBridge, shared_fields
 from megatron.bridge.models.families.layer_ropes import rope_fields_by_layer_type
 
 
+def refuse_clipping(limit: float | None) -> None:
+    """Refuse a model whose queries, keys and values are clipped.
+
+    Raises:
+        BridgeError: there is a limit.
+    """
+    if limit is not None:
+        raise BridgeError(
+            f"config.json: clip_qkv={limit} has no counterpart on Megatron-Core, and without it the model computes "
+            "something else"
+        )
+
+
 class OlmoBridge(DenseBridge):
     """`OlmoForCausalLM`: LayerNorms without parameters."""
 
@@ -21,11 +34,7 @@ class OlmoBridge(DenseBridge):
     output_bias = qkv_bias
 
     def differences(self) -> Mapping[str, Any]:
-        if self.hf_config.clip_qkv is not None:
-            raise BridgeError(
-                f"config.json: clip_qkv={self.hf_config.clip_qkv} has no counterpart on Megatron-Core, and without it "
-                "the model computes something else"
-            )
+        refuse_clipping(self.hf_config.clip_qkv)
         return {"layernorm_epsilon": 1e-5}
 
 

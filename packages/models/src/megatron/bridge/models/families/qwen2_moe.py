@@ -24,10 +24,14 @@ class Qwen2MoeBridge(MoEBridge):
         step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
         return [layer not in dense and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers)]
 
+    def normalised(self) -> bool:
+        """Whether the weights of a token's experts sum to one."""
+        return bool(self.hf_config.norm_topk_prob)
+
     def moe_fields(self) -> dict[str, Any]:
         config = self.hf_config
         return {
-            **softmax_routing(config.num_experts_per_tok, normalised=config.norm_topk_prob),
+            **softmax_routing(config.num_experts_per_tok, normalised=self.normalised()),
             **balancing(config.router_aux_loss_coef),
             "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
             "moe_shared_expert_gate": True,

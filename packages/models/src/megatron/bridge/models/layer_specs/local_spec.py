@@ -14,8 +14,13 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     """Stock local modules; see `LayerSpecBuilder`.
 
     Raises:
-        BridgeError: sequence or context parallelism, which these modules do not have.
+        BridgeError: sequence or context parallelism or multi-latent attention, which these modules do not have.
     """
+    if config.multi_latent_attention:
+        raise BridgeError(
+            "the layer spec 'local' cannot do multi_latent_attention=True (its core attention takes values of the same "
+            "size as keys only); use layer_spec='torch'"
+        )
     if config.sequence_parallel:
         raise BridgeError(
             "the layer spec 'local' cannot do sequence_parallel=True (its norms do not mark their weights for the "
@@ -24,7 +29,7 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     if config.context_parallel_size > 1:
         raise BridgeError(
             f"the layer spec 'local' cannot do context_parallel_size={config.context_parallel_size}; use "
-            "layer_spec='transformer_engine', or set context_parallel_size=1"
+            "layer_spec='torch', or set context_parallel_size=1"
         )
     block = stock_block(config, vp_stage, engine=False)
     if config.normalization == "RMSNorm":

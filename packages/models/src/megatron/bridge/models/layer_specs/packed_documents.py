@@ -1,7 +1,9 @@
-"""Where the documents of a packed batch begin and end."""
+"""Where the documents of a packed batch begin and end, and layers that see one document at a time."""
 
 import itertools
+from collections.abc import Callable
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -42,3 +44,26 @@ def _refuse_other(name: str, keys: Tensor | None, queries: Tensor | None) -> Non
         raise BridgeError(
             f"packed_seq_params.{name} differs from the queries' bounds; packed documents attend to themselves only"
         )
+
+
+def by_document(mix: Callable[[Tensor], Tensor], rows: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    """`mix` on each document of a batch by itself; padding between and behind documents comes out as zeros.
+
+    Args:
+        mix: from `[length, batch, ...]` to `[length, batch, channels]`.
+        rows: `[length, batch, ...]`, the documents one after another where the batch is packed (`thd`).
+        packed: their bounds; None for one document per row of the batch.
+    """
+    if packed is None or packed.qkv_format != "thd":
+        return mix(rows)
+    spans = document_spans(packed, tokens=rows.shape[0])
+    if not spans:
+        raise BridgeError("packed_seq_params describe no document at all; leave the batch out")
+    pieces: list[Tensor] = []
+    end = 0
+    for start, stop in spans:
+        piece = mix(rows[start:stop])
+        pieces += [piece.new_zeros(start - end, *piece.shape[1:]), piece]
+        end = stop
+    pieces.append(pieces[-1].new_zeros(rows.shape[0] - end, *pieces[-1].shape[1:]))
+    return torch.cat(pieces)

@@ -7,8 +7,10 @@ kernels whatever the activations' type, which is what `attention_softmax_in_fp32
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -21,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.causal_attention_cpu import blocked_causal_attention, fits
+from megatron.bridge.models.layer_specs.context_parallel import attend_from_chunks
 from megatron.bridge.models.layer_specs.packed_documents import document_spans
 
 # Mask types under which a query sees no later key.
@@ -41,12 +44,16 @@ class SDPAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        del attention_type, cp_comm_type, pg_collection  # part of Megatron-Core's contract, of no effect here
+        # Part of Megatron-Core's contract, of no effect here.
+        del attention_type, k_channels, v_channels, cp_comm_type
         self.attn_mask_type = attn_mask_type
+        self.context_group = self._context_group(pg_collection)
         self.softmax_scale = softmax_scale  # None means 1 / sqrt(head size)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, max(1, layer_number))
@@ -66,7 +73,8 @@ class SDPAttention(MegatronModule):
 
         Args:
             query: `[queries, batch, heads, size]`; packed: `[tokens, heads, size]`.
-            key, value: the same with `keys` and with as many heads or fewer (grouped queries).
+            key, value: the same with `keys` and with as many heads or fewer (grouped queries); values may be of
+                another size.
             attention_mask: True where a query must *not* see a key (Megatron's convention), broadcast to
                 `[batch, heads, queries, keys]`; it is added to what the mask type and the window hide.
             attn_mask_type: accepted for Megatron-Core, which turns it off when it decodes from a cache. The layer's
@@ -74,16 +82,36 @@ class SDPAttention(MegatronModule):
             packed_seq_params: the documents' bounds of a packed batch (`thd`).
 
         Returns:
-            `[queries, batch, heads * size]`; packed: `[tokens, heads * size]`.
+            `[queries, batch, heads * size of values]`; packed: `[tokens, heads * size of values]`.
         """
         del attn_mask_type
         if attention_bias is not None:
             raise BridgeError("the layer spec 'torch' has no attention bias; use layer_spec='transformer_engine'")
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            if self.context_group is not None:
+                raise BridgeError(
+                    "packed documents have no context parallelism with the layer spec 'torch'; set "
+                    "context_parallel_size=1, or use layer_spec='transformer_engine'"
+                )
             return self._attend_packed(query, key, value, packed_seq_params)
+        if self.context_group is not None:
+            return attend_from_chunks(self._attend, query, key, value, attention_mask, self.context_group)
         # [s, b, h, d] -> [b, h, s, d] and back: views only, the kernels take any strides.
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         return self._attend(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2)
+
+    def _context_group(self, groups: ProcessGroupCollection | None) -> Any:
+        """The ranks that share every sequence; None where this rank has the whole of it."""
+        if self.config.context_parallel_size == 1:
+            return None
+        if self.attn_mask_type not in _CAUSAL:
+            raise BridgeError(
+                f"context_parallel_size={self.config.context_parallel_size} needs causal attention with the layer spec "
+                "'torch'; set it to 1, or use layer_spec='transformer_engine'"
+            )
+        if groups is not None and hasattr(groups, "cp"):
+            return groups.cp
+        return parallel_state.get_context_parallel_group()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
         """`[batch, heads, queries, size]` in and out; `hidden` is True where a query must not see a key."""
@@ -123,13 +151,13 @@ class SDPAttention(MegatronModule):
         end = 0
         for start, stop in document_spans(packed, tokens=query.shape[0]):
             if start > end:
-                pieces.append(query.new_zeros(start - end, *query.shape[1:]))
+                pieces.append(query.new_zeros(start - end, query.shape[1], value.shape[2]))
             # [t, h, d] -> [1, h, t, d]
             q, k, v = (tensor[start:stop].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
             pieces.append(self._attend(q, k, v, hidden=None).squeeze(0).transpose(0, 1))
             end = stop
         if end < query.shape[0]:
-            pieces.append(query.new_zeros(query.shape[0] - end, *query.shape[1:]))
+            pieces.append(query.new_zeros(query.shape[0] - end, query.shape[1], value.shape[2]))
         return torch.cat(pieces).flatten(1)
 
     @contextlib.contextmanager

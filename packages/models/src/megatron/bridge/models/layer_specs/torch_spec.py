@@ -2,19 +2,20 @@
 
 import dataclasses
 
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.decoder_block import stock_block, with_layers
+from megatron.bridge.models.layer_specs.gated_attention import GatedSelfAttention
+from megatron.bridge.models.layer_specs.linear_attention import with_linear_attention
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
 # What the modules here cannot do: config field -> (the values that they can, what to do about another).
 _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "context_parallel_size": ((1,), "use layer_spec='transformer_engine', or tensor and pipeline parallelism"),
-    "multi_latent_attention": ((False,), "use layer_spec='transformer_engine'"),
     "normalization": (tuple(NORMS), "use layer_spec='transformer_engine'"),
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "memory_efficient_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
@@ -30,29 +31,47 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     Raises:
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
     """
-    _refuse_unsupported(config)
-    block = with_layers(stock_block(config, vp_stage, engine=False), lambda layer: _with_torch_modules(layer, config))
+    plain_attention = not config.multi_latent_attention and config.experimental_attention_variant is None
+    refuse_unsupported(config, context_parallel=plain_attention)
+    block = stock_block(config, vp_stage, engine=False, replaced="gated_delta_net")
+    block = with_layers(block, lambda layer: with_torch_modules(layer, config))
+    if config.experimental_attention_variant == "gated_delta_net":
+        block = with_linear_attention(block, config, vp_stage)
     return dataclasses.replace(block, layer_norm=torch_norm)
 
 
-def _refuse_unsupported(config: TransformerConfig) -> None:
+def refuse_unsupported(config: TransformerConfig, *, context_parallel: bool = False) -> None:
+    """Refuse a config that PyTorch's norms and attention cannot honour, naming each field and what to set instead.
+
+    Args:
+        config: of the model.
+        context_parallel: whether all of the model's layers can work on parts of sequences.
+    """
     faults = [
         f"{field}={getattr(config, field)!r}: {remedy}"
         for field, (supported, remedy) in _SUPPORTED.items()
         if getattr(config, field) not in supported
     ]
+    if config.context_parallel_size > 1 and not context_parallel:
+        faults.append(
+            f"context_parallel_size={config.context_parallel_size}: only plain attention is divided along sequences; "
+            "set it to 1, and use tensor and pipeline parallelism"
+        )
     if faults:
         raise BridgeError("the layer spec 'torch' cannot do what the model config asks for:\n  " + "\n  ".join(faults))
 
 
-def _with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
+def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
+    """A stock layer's parts with PyTorch's norms and attention."""
     attention = layer.self_attention
     modules = dataclasses.replace(attention.submodules, core_attention=SDPAttention)
     if config.qk_layernorm and not config.qk_l2_norm:
-        modules = dataclasses.replace(modules, q_layernorm=torch_norm, k_layernorm=torch_norm)
+        norms = ("q_layernorm", "kv_layernorm" if config.multi_latent_attention else "k_layernorm")
+        present = {name: torch_norm for name in norms if getattr(modules, name) is not IdentityOp}
+        modules = dataclasses.replace(modules, **present)
+    attention = dataclasses.replace(attention, submodules=modules)
+    if config.attention_output_gate:
+        attention = dataclasses.replace(attention, module=GatedSelfAttention)
     return dataclasses.replace(
-        layer,
-        input_layernorm=torch_norm,
-        pre_mlp_layernorm=torch_norm,
-        self_attention=dataclasses.replace(attention, submodules=modules),
+        layer, input_layernorm=torch_norm, pre_mlp_layernorm=torch_norm, self_attention=attention
     )
