@@ -65,7 +65,12 @@ def import_command(
 @click.argument("hf_path", type=click.Path(path_type=Path))
 @layout_options
 @offline_options
-@click.option("--hf-model", help="Which Hugging Face model it is, for checkpoints that do not say.")
+@click.option(
+    "--hf-model",
+    "--hf-config",
+    "hf_model",
+    help="Which Hugging Face model it is (a folder with its config.json will do), for checkpoints that do not say.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a Hugging Face folder that is there.")
 def export_command(
     megatron_path: Path,

@@ -17,6 +17,9 @@ from megatron.bridge.conversion.transforms import Region, Shape, whole
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+_MODEL = "model."
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,16 @@ class MegatronWeights(Mapping[str, StoredWeight]):
             ) from error
         # Key and number of leading axes -> the chunks at each of their entries.
         self._by_leading: dict[tuple[str, int], dict[Shape, list[Any]]] = {}
-        found = stored_weights(table, {key: tuple(entry.size) for key, entry in self._entries.items()})
+        # Some versions of Megatron-LM put this before every key of the model.
+        self._prefix = _MODEL if self._entries and all(key.startswith(_MODEL) for key in self._entries) else ""
+        shapes = {key.removeprefix(self._prefix): tuple(entry.size) for key, entry in self._entries.items()}
         self._weights = {
-            name: StoredWeight(place, shape, self._entries[place.key].properties.dtype)
-            for name, (place, shape) in found.items()
+            name: StoredWeight(place, shape, self._entry(place).properties.dtype)
+            for name, (place, shape) in stored_weights(table, shapes).items()
         }
+
+    def _entry(self, place: Place) -> "TensorStorageMetadata":
+        return self._entries[self._prefix + place.key]
 
     def __getitem__(self, name: str) -> StoredWeight:
         return self._weights[name]
@@ -135,8 +143,11 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         depth = len(place.axes)
         by_leading = self._by_leading.get((place.key, depth))
         if by_leading is None:
-            by_leading = self._by_leading[place.key, depth] = _by_leading(self._entries[place.key].chunks, depth)
-        return [(MetadataIndex(place.key, chunk.offsets), chunk) for chunk in by_leading.get(place.leading, ())]
+            by_leading = self._by_leading[place.key, depth] = _by_leading(self._entry(place).chunks, depth)
+        return [
+            (MetadataIndex(self._prefix + place.key, chunk.offsets), chunk)
+            for chunk in by_leading.get(place.leading, ())
+        ]
 
     def _load(self, index: Any, chunk: Any, dtype: "torch.dtype") -> "torch.Tensor":
         import torch

@@ -20,6 +20,7 @@ from megatron.bridge.conversion.hf.staging import StagedFolder
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
 from megatron.bridge.conversion.offline.index import refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
+from megatron.bridge.conversion.offline.keys import refuse_other_forms
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
 from megatron.bridge.conversion.transforms import Region
@@ -39,6 +40,7 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
         BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
     """
     table, what = bridge.model_bridge.mapping_registry(), f"export of {path}"
+    refuse_other_forms(table, what)
     weights = MegatronWeights(path, table)
     plan = export_plan(table, weights.shapes, what)
     refuse_other_model(plan, bridge.model_bridge, what)

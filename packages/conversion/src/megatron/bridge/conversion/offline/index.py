@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 type _Places = list[dict[str, int]]
 
 _DECODER = "decoder.layers."
-_FUSED_NORM = re.compile(r"(.*)\.layer_norm_(?:weight|bias)")
+_FUSED_NORM = re.compile(r"(.*)\.(?:layer_norm_|post_layernorm\.)(?:weight|bias)$")
 
 
 def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
@@ -82,13 +82,13 @@ def _of_their_layers(table: WeightTable, met: Mapping[WeightRule, _Places]) -> d
     of_name = {rule.megatron: rule for rule in table.rules}
     kept = dict(met)
     for rivals in by_names.values():
-        taken: list[dict[str, int]] = []
-        fused = {rule: linear[1] for rule in rivals if (linear := _FUSED_NORM.fullmatch(rule.megatron))}
+        linear = {rule: _FUSED_NORM.sub(r"\1.weight", rule.megatron) for rule in rivals}
+        fused = {rule: of_name[name] for rule, name in linear.items() if name != rule.megatron and name in of_name}
         if len(rivals) == 1 or not fused:
             continue
-        for rule, name in fused.items():
-            owner = met.get(of_name.get(f"{name}.weight", rule), [])
-            kept[rule] = [indices for indices in met[rule] if indices in owner]
+        taken: list[dict[str, int]] = []
+        for rule, owner in fused.items():
+            kept[rule] = [indices for indices in met[rule] if indices in met[owner]]
             taken += kept[rule]
         for rule in rivals:
             if rule not in fused:
