@@ -18,7 +18,7 @@ from megatron.bridge.conversion.hf.names import INDEX
 from megatron.bridge.conversion.hf.shard_files import ShardFile, ShardLayout, TensorSpec, lay_out
 from megatron.bridge.conversion.hf.staging import StagedFolder
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
-from megatron.bridge.conversion.offline.index import refuse_other_model
+from megatron.bridge.conversion.offline.index import configuration_faults, refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.keys import refuse_other_forms
 from megatron.bridge.conversion.offline.workers import run_all
@@ -39,11 +39,13 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
     Raises:
         BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
     """
-    table, what = bridge.model_bridge.mapping_registry(), f"export of {path}"
-    refuse_other_forms(table, what)
-    weights = MegatronWeights(path, table)
-    plan = export_plan(table, weights.shapes, what)
-    refuse_other_model(plan, bridge.model_bridge, what)
+    what = f"export of {path}"
+    with configuration_faults(what):
+        table = bridge.model_bridge.mapping_registry()
+        refuse_other_forms(table, what)
+        weights = MegatronWeights(path, table)
+        plan = export_plan(table, weights.shapes, what)
+        refuse_other_model(plan, bridge.model_bridge, what)
     return plan, weights
 
 

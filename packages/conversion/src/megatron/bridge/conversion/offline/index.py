@@ -5,7 +5,8 @@ What a model would have refused (a layer too few, other sizes than the configura
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.names import skeleton
@@ -21,6 +22,21 @@ type _Places = list[dict[str, int]]
 
 _DECODER = "decoder.layers."
 _FUSED_NORM = re.compile(r"(.*)\.(?:layer_norm_|post_layernorm\.)(?:weight|bias)$")
+
+
+@contextmanager
+def configuration_faults(what: str) -> Iterator[None]:
+    """Tell as a refusal what a family's code stumbles over when a configuration holds values of another kind.
+
+    Raises:
+        PlanError: in place of the error of the arithmetic or of the look-up.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"{what}: the values of config.json do not describe a model ({type(error).__name__}: {error}); correct it"
+        ) from error
 
 
 def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
