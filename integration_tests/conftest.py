@@ -22,7 +22,7 @@ WARM = (
     "megatron.bridge.training.pretrain",
     "megatron.bridge.training.setup",
     "megatron.bridge.training.train",
-    "transformers.models.cwm.modeling_cwm",
+    "transformers.models.cohere_compass.modeling_cohere_compass",
     "transformers.models.llama.modeling_llama",
 )
 

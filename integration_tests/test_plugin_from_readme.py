@@ -18,7 +18,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import refresh
 from megatron.bridge.testing import run_ranks, save_random_model
 
-PLUGIN = "cwm-plugin"
+PLUGIN = "compass-plugin"
 type Cli = Callable[..., Outcome]
 
 
@@ -53,15 +53,15 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.syspath_prepend(str(site))
         refresh()
         yield site
-    for name in [name for name in sys.modules if name.partition(".")[0] == "cwm_plugin"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "compass_plugin"]:
         del sys.modules[name]
     refresh()
 
 
 @pytest.fixture(scope="module")
-def cwm(source: Path) -> object:
+def compass(source: Path) -> object:
     """The README's own test module of the plugin."""
-    spec = importlib.util.spec_from_file_location("test_cwm", source / "tests/test_cwm.py")
+    spec = importlib.util.spec_from_file_location("test_compass", source / "tests/test_compass.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -70,34 +70,34 @@ def cwm(source: Path) -> object:
 
 
 @pytest.fixture(scope="module")
-def model(cwm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "cwm"
-    save_random_model(cwm.CONFIG, folder)
+def model(compass, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "compass"
+    save_random_model(compass.CONFIG, folder)
     return folder
 
 
 def test_without_it_the_family_is_unknown(model: Path, tmp_path: Path, cli: Cli) -> None:
     ended = cli("convert", "import", model, "out", folder=tmp_path)
     assert ended.code == 1
-    assert "no model bridge is called 'CwmForCausalLM'" in ended.err
+    assert "no model bridge is called 'CohereCompassForCausalLM'" in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_found_without_an_import(installed: Path, tmp_path: Path, cli: Cli) -> None:
-    assert "CwmForCausalLM" in AutoBridge.list_supported_models()
+    assert "CohereCompassForCausalLM" in AutoBridge.list_supported_models()
     listed = cli("plugins", "--json", folder=tmp_path)
     offers = {(each["group"], each["name"]): each for each in json.loads(listed.out)}
-    family = offers["megatron.bridge.model_bridges", "CwmForCausalLM"]
+    family = offers["megatron.bridge.model_bridges", "CohereCompassForCausalLM"]
     method = offers["megatron.bridge.peft", "norms"]
     assert family["distribution"] == method["distribution"] == PLUGIN
-    assert family["target"] == "cwm_plugin.family:CwmBridge"
-    assert "cwm_plugin" not in sys.modules
+    assert family["target"] == "compass_plugin.family:CompassBridge"
+    assert "compass_plugin" not in sys.modules
 
 
 def test_every_offer_of_it_loads(installed: Path, tmp_path: Path) -> None:
     # In a process of its own, as a user's shell would: the check imports every plugin in a fresh interpreter.
     command = "import sys; from megatron.bridge.cli.root import main; main()"
-    for group, name in (("model_bridges", "CwmForCausalLM"), ("peft", "norms")):
+    for group, name in (("model_bridges", "CohereCompassForCausalLM"), ("peft", "norms")):
         ended = subprocess.run(
             [sys.executable, "-c", command, "plugins", "--group", group, "--check", "--json"],
             env={"PYTHONPATH": str(installed), "PATH": ""},
@@ -112,17 +112,17 @@ def test_every_offer_of_it_loads(installed: Path, tmp_path: Path) -> None:
         assert ended.returncode == 0
 
 
-def test_its_own_test_passes_as_the_readme_shows_it(installed: Path, cwm, tmp_path: Path) -> None:
-    cwm.test_logits(tmp_path)
+def test_its_own_test_passes_as_the_readme_shows_it(installed: Path, compass, tmp_path: Path) -> None:
+    compass.test_logits(tmp_path)
 
 
-def test_the_windows_matter(installed: Path, cwm, tmp_path: Path) -> None:
+def test_the_windows_matter(installed: Path, compass, tmp_path: Path) -> None:
     """The comparison above would notice a family that forgot what distinguishes this one from Llama."""
-    save_random_model(cwm.CONFIG, tmp_path)
+    save_random_model(compass.CONFIG, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention"] * 4}))
-    ours = run_ranks(2, cwm.logits, tmp_path)[0]
-    reference = cwm.random_model(cwm.CONFIG)(cwm.TOKENS).logits
+    ours = run_ranks(2, compass.logits, tmp_path)[0]
+    reference = compass.random_model(compass.CONFIG)(compass.TOKENS).logits
     assert (ours - reference).abs().max() > 1e-3 * reference.abs().max()
 
 
@@ -135,7 +135,7 @@ def test_the_command_line_converts_and_verifies_it(installed: Path, model: Path,
     ):
         ended = cli(*command, folder=tmp_path)
         assert ended.code == 0, ended.err
-    assert json.loads((tmp_path / "exported/config.json").read_text())["architectures"] == ["CwmForCausalLM"]
+    assert json.loads((tmp_path / "exported/config.json").read_text())["architectures"] == ["CohereCompassForCausalLM"]
 
 
 def tuned(folder: Path) -> dict[str, bool]:
@@ -154,7 +154,7 @@ def tuned(folder: Path) -> dict[str, bool]:
 def test_its_peft_method_is_found_in_every_rank(installed: Path, model: Path) -> None:
     for trainable in run_ranks(2, tuned, model):
         assert {name for name, on in trainable.items() if on} == {name for name in trainable if "norm" in name}
-        assert sum(trainable.values()) == 4 * 2 + 1  # two norms in each of four layers, and the last one
+        assert sum(trainable.values()) == 4 + 1  # one norm in each of four layers, and the last one
 
 
 def test_an_unknown_method_names_it_among_the_known(installed: Path) -> None:

@@ -284,6 +284,44 @@ def test_packed_integers_that_are_not_as_stated_are_refused(tmp_path, change, re
         opened(tmp_path, tensors, restate(config))
 
 
+class Exactly:
+    """Equal to a tensor of the same values."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __eq__(self, other):
+        return torch.is_tensor(other) and torch.equal(self.tensor, other)
+
+    __hash__ = None
+
+
+def refused_or_read(folder, tensors, config, name):
+    try:
+        return read(opened(folder, tensors, config, torch.float32), name)
+    except BridgeError as error:
+        return "refused" if len(str(error)) > 40 else str(error)
+
+
+ODD_VALUES = (None, 0, -1, 3.5, "", "group", [], [1], {}, {"a": 1}, True)
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_odd_configurations_are_refused_by_message_or_harmless(tmp_path, value):
+    """Each field with a value of another kind: an error that names what is wrong, or the very weights."""
+    tensors, config, reference = compressed((16, 64), torch.float32, "pack-quantized", **PACKED["group"])
+    decoded = Exactly(reference)
+    variants = [changed(config, **{field: value}) for field in ("num_bits", "strategy", "group_size")]
+    variants += [{**config, field: value} for field in ("config_groups", "quant_method", "format", "sparsity_config")]
+    variants.append({**config, "config_groups": {"group_0": value}})
+    for variant in variants:
+        assert refused_or_read(tmp_path, tensors, variant, "m.weight") in ("refused", decoded)
+    fp8 = fp8_tensors()
+    right = Exactly(read(opened(tmp_path, fp8, FP8, torch.float32), "a.weight"))
+    for field in ("quant_method", "weight_block_size"):
+        assert refused_or_read(tmp_path, fp8, {**FP8, field: value}, "a.weight") in ("refused", right)
+
+
 def test_quantisation_stated_for_the_text_model_counts(tmp_path):
     tensors = fp8_tensors()
     opened(tmp_path, tensors, FP8)
@@ -301,3 +339,25 @@ def test_a_large_weight_is_decoded_in_strips(tmp_path):
     expanded = scale.repeat_interleave(48, 0)[:1300].repeat_interleave(40, 1)[:, :96]
     assert torch.equal(read(source, "a.weight"), (weight.float() * expanded).bfloat16())
     assert math.prod(source.shapes["a.weight"]) == 1300 * 96
+
+
+def test_gpt_oss_in_mxfp4_has_the_names_and_shapes_of_transformers_own_full_precision(tmp_path):
+    from transformers import GptOssConfig
+
+    from megatron.bridge.testing import save_random_model
+
+    config = GptOssConfig(
+        vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_local_experts=4, head_dim=16
+    )
+    full = save_random_model(config, tmp_path / "full")
+    tensors = {}
+    for name, tensor in full.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, inner, outer = tensor.shape
+        held = (experts, outer, inner // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*held, 16), dtype=torch.uint8, generator=GENERATOR)
+        tensors[f"{name}_scales"] = torch.randint(120, 130, held, dtype=torch.uint8, generator=GENERATOR)
+    source = opened(tmp_path / "mxfp4", tensors, {"quant_method": "mxfp4"}, torch.bfloat16)
+    assert dict(source.shapes) == {name: tuple(tensor.shape) for name, tensor in full.items()}

@@ -9,10 +9,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.heads import head_of, headed_architectures
 from megatron.bridge.conversion.logits import megatron_logits
-from megatron.bridge.conversion.reference import model_class
+from megatron.bridge.conversion.reference import logits_of, model_class
 from megatron.bridge.conversion.verify import relative_difference, verify
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.testing import RankFailed, random_model, run_ranks
+from megatron.bridge.testing import RankFailed, random_model, run_ranks, save_random_model
 from megatron.bridge.testing.families import EVERYWHERE, compare, family_case, refuse_without_any_rule
 
 TOKENS = {"vocab_size": 131, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32"}
@@ -28,6 +28,33 @@ SIZES = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 CAPS = {"head_dim": 16, "final_logit_softcapping": 3.0, "sliding_window": 5, "query_pre_attn_scalar": 24}
 GPT2 = {**TOKENS, "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 64}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 36,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
 REWARD, TAGS = {"num_labels": 1}, {"num_labels": 7}
 
 # architecture -> (transformers' model type, its configuration)
@@ -45,6 +72,8 @@ CASES = {
     "GPT2ForSequenceClassification": ("gpt2", GPT2 | REWARD),
     "GPT2ForTokenClassification": ("gpt2", GPT2 | TAGS),
     "BloomForTokenClassification": ("bloom", TOKENS | TAGS | {"hidden_size": 64, "n_layer": 4, "n_head": 4}),
+    "DeepseekV3ForTokenClassification": ("deepseek_v3", SIZES | LATENT | TAGS),
+    "Qwen3NextForSequenceClassification": ("qwen3_next", SIZES | DELTA | REWARD),
     "OPTForSequenceClassification": ("opt", SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 CONFIGS = {name: CONFIG_MAPPING[kind](**values, architectures=[name]) for name, (kind, values) in CASES.items()}
@@ -158,6 +187,35 @@ def test_a_reward_head_leaves_its_loss_to_the_caller(cases):
 
     with pytest.raises(RankFailed, match="a reward or value head .* has no cross entropy"):
         run_ranks(1, forward)
+
+
+def with_new_head(folder, root):
+    bridge = AutoBridge.from_hf_pretrained(folder).with_new_head()
+    model = bridge.to_megatron_model(tensor_model_parallel_size=2)
+    bridge.save_hf_pretrained(model, root / "hf")
+    tokens = torch.arange(48).view(2, 24)
+    return megatron_logits(model, tokens), model[0].output_layer.weight.detach()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_starts_from_a_language_model(tmp_path, tied):
+    config = CONFIG_MAPPING["qwen2"](**SIZES, tie_word_embeddings=tied)
+    weights = save_random_model(config, tmp_path / "base")
+    (logits, head), (_, other) = run_ranks(2, with_new_head, tmp_path / "base", tmp_path)
+    assert torch.equal(head, other)  # the same random head on every rank
+    assert 0.01 < head.std() < 0.03
+    model = model_class(CONFIGS["Qwen2ForSequenceClassification"]).from_pretrained(tmp_path / "hf")
+    assert model.config.architectures == ["Qwen2ForSequenceClassification"]
+    state = model.state_dict()
+    assert state.keys() - weights.keys() == {"score.weight"}
+    assert all(torch.equal(state[name], weights[name]) for name in state.keys() & weights.keys())
+    assert relative_difference(logits, logits_of(model, torch.arange(48).view(2, 24))) < 1e-5
+
+
+def test_a_head_that_transformers_does_not_build_is_refused():
+    config = CONFIG_MAPPING["olmo2"](**SIZES, architectures=["Olmo2ForCausalLM"])
+    with pytest.raises(BridgeError, match=r"no token classification head on Olmo2ForCausalLM .*Olmo2ForSequence"):
+        AutoBridge.from_hf_config(config).with_new_head(per_token=True)
 
 
 def more_labels(case, root):

@@ -1,5 +1,7 @@
 """Dense families beside Llama, Mistral and Qwen: transformers' logits and bitwise round trips at several layouts."""
 
+import json
+
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -43,6 +45,7 @@ CASES = {
     "arcee-biases": ("arcee", HEAD_16 | {"attention_bias": True, "mlp_bias": True}),
     "apertus": ("apertus", {}),
     "granite": ("granite", MULTIPLIERS | {"logits_scaling": 2.0}),
+    "granite_swa": ("granite_swa", MULTIPLIERS | MIXED | {"layer_rope_theta": [0, 100.0, 1e4, 0]}),
     "hyperclovax": ("hyperclovax", HEAD_16 | MULTIPLIERS | {"logits_scaling": 0.5}),
     "helium": ("helium", HEAD_16),
     "ernie4_5-biases": ("ernie4_5", HEAD_16 | {"use_bias": True}),
@@ -81,6 +84,9 @@ CASES = {
     "gpt_neo": ("gpt_neo", GPT_NEO),
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "biogpt": ("biogpt", {}),
+    "xglm": ("xglm", {"ffn_dim": 96}),
+    "ctrl": ("ctrl", {"dff": 96}),
+    "cwm": ("cwm", HEAD_16 | MIXED | {"mlp_bias": True}),
     "falcon-7b": ("falcon", {}),
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
@@ -93,6 +99,7 @@ OWN_SIZES = {
     "gpt_bigcode": GPT2_SIZES,
     "gptj": GPT2_SIZES,
     "codegen": GPT2_SIZES,
+    "ctrl": GPT2_SIZES,
     "gpt_neo": TOKENS | {"hidden_size": 64, "max_position_embeddings": 64},
     "bloom": TOKENS,
     "mpt": TOKENS,
@@ -133,7 +140,7 @@ def test_every_architecture_is_offered_under_its_own_name(cases):
     offered = AutoBridge.list_supported_models()
     stated = {AutoBridge.from_hf_pretrained(case.folder).hf_config.architectures[0] for case in cases.values()}
     assert stated <= set(offered)
-    assert len(stated) == 42
+    assert len(stated) == 46
 
 
 @pytest.mark.parametrize(
@@ -147,6 +154,9 @@ def test_every_architecture_is_offered_under_its_own_name(cases):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("llama", {"hidden_act": "gelu_tanh"}, "'gelu_tanh' is not supported"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("xglm", {"pad_token_id": 5}, "pad_token_id=5"),
+        ("xglm", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("ctrl", {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05"),
         ("falcon", {"alibi": True}, "alibi=True"),
         ("mpt", {"attn_config": {"alibi": False}}, "alibi"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
@@ -172,6 +182,20 @@ def test_variants_that_need_our_modules_are_refused_under_another_spec(cases):
 
     with pytest.raises(RankFailed, match="use layer_spec='torch'"):
         run_ranks(1, build)
+
+
+# Published under names of their own, and Llama's class in transformers.
+LLAMAS = {"InternLM3ForCausalLM": "internlm3", "IQuestCoderForCausalLM": "iquestcoder"}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_by_other_names(name, tmp_path):
+    config = CONFIG_MAPPING[LLAMAS[name]](**SIZES, **HEAD_16, attention_bias=True, mlp_bias=True)
+    case = family_case(config, tmp_path, name)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stated | {"architectures": [name]}))
+    assert AutoBridge.from_hf_pretrained(tmp_path).hf_config.architectures == [name]
+    assert compare([case], "tp2").keys() == {name}
 
 
 def test_the_kit_in_three_lines():

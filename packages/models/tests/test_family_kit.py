@@ -69,6 +69,7 @@ def test_ranks_of_a_layout():
         "ep2": 2,
         "etp2": 2,
         "tp2ep2": 4,
+        "tp2etp1": 2,
         "tp2ep2etp1": 2,
         "pp2ep2": 4,
         "ep4": 4,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Mistral4Config, Mistral4ForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -10,7 +11,16 @@ from megatron.bridge.conversion.transforms import InMemory, PermuteRows
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
-from megatron.bridge.testing.families import compare, expect_same_weights, family_case, refuse_without_any_rule
+from megatron.bridge.testing.families import (
+    compare,
+    expect_same_keys,
+    expect_same_weights,
+    family_case,
+    refuse_without_any_rule,
+)
+
+# transformers has it as the language half of a vision model only.
+AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
 
 SIZES = {
     "vocab_size": 131,  # prime: no tensor-parallel size divides it
@@ -74,6 +84,7 @@ CASES = {
     "deepseek-v3-many": ("deepseek_v3", MOE | GROUPS | {"num_experts_per_tok": 4, "topk_group": 3}),
     "deepseek-v3-halves": ("deepseek_v3", MOE | yarn() | {"rope_interleave": False, "q_lora_rank": None}),
     "glm4-moe-lite": ("glm4_moe_lite", MOE | {"rms_norm_eps": 1e-5}),
+    "mistral4": ("mistral4", MOE | yarn(mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)),
     "youtu": ("youtu", SIZES),
     "minicpm3": ("minicpm3", SIZES | {"v_head_dim": None, "rms_norm_eps": 1e-5}),
     "minicpm3-long": ("minicpm3", SIZES | {"q_lora_rank": None, "rope_parameters": LONG}),
@@ -95,12 +106,17 @@ def test_logits_and_round_trip(cases, layout):
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2ep2", "etp2"])
 def test_logits_and_round_trip_of_experts(cases, layout):
-    assert len(compare([cases[name] for name in MOE_CASES], layout)) == 7
+    assert len(compare([cases[name] for name in MOE_CASES], layout)) == 8
 
 
-@pytest.mark.parametrize("name", ["youtu", "minicpm3-long"])
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3", "minicpm3-long"])
 def test_without_any_one_rule_nothing_is_converted(cases, name):
     assert run_ranks(1, refuse_without_any_rule, cases[name])[0] > 10
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v3", "youtu"])
+def test_the_tables_keys_are_megatron_cores(cases, name):
+    run_ranks(1, expect_same_keys, cases[name])
 
 
 def reload(case, root, written):

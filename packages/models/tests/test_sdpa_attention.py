@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.causal_attention_cpu import blocked_causal_attention
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
+from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 from megatron.bridge.testing import run_ranks
 
 HEADS, SIZE = 4, 8
@@ -98,6 +99,19 @@ def test_window_counts_back_from_the_query(window: tuple[int, int], left: int, q
     leaves = inputs(queries, keys=12)
     seen = lower(queries, 12).triu(12 - queries - left)
     agree(attention(window_size=window)(*leaves, None), formula(*leaves, seen), leaves)
+
+
+@pytest.mark.parametrize("queries", [10, 3, 1])
+def test_a_query_sees_no_key_before_its_own_chunk(queries: int) -> None:
+    config = TransformerConfig(num_layers=2, hidden_size=HEADS * SIZE, num_attention_heads=HEADS)
+    core = VariantAttention(config, 2, AttnMaskType.causal, "self", attention_dropout=0.0, chunks=[None, 4])
+    query, key, value = leaves = inputs(queries, 10)
+    chunk = torch.arange(10) // 4
+    padding = torch.zeros(2, 1, 1, 10, dtype=torch.bool)
+    padding[0, ..., 9] = True
+    seen = lower(queries, 10) & (chunk[-queries:, None] == chunk)
+    agree(core(query, key, value, None), formula(query, key, value, seen), leaves)
+    agree(core(query, key, value, padding), formula(query, key, value, seen & ~padding), leaves)
 
 
 def test_two_sided_window_without_causality() -> None:

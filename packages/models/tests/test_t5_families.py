@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from transformers import MT5Config, T5Config
 
 from megatron.bridge import AutoBridge
@@ -11,7 +12,7 @@ from megatron.bridge.conversion.reference import logits_of, model_class
 from megatron.bridge.conversion.verify import relative_difference, verify
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, random_model, run_ranks
-from megatron.bridge.testing.families import FamilyCase, compare, refuse_without_any_rule
+from megatron.bridge.testing.families import compare, family_case, refuse_without_any_rule
 
 # Heads of other sizes than d_model / num_heads, stacks of different depths, and more positions than buckets.
 SIZES = {
@@ -39,27 +40,13 @@ CONFIGS = {
 }
 
 
-def t5_case(name, folder):
-    """A saved random model; since T5 1.1 its output layer is a weight of its own, which transformers does not make."""
-    model = random_model(CONFIGS[name])
-    if name != "t5":
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(131, 48, generator=torch.Generator().manual_seed(1)))
-    model.save_pretrained(folder)
-    model = model_class(CONFIGS[name]).from_pretrained(folder)
-    tokens = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(3))
-    weights = {key: tensor for key, tensor in model.state_dict().items() if "embed_tokens" not in key}
-    if name == "t5":
-        del weights["lm_head.weight"]
-    return FamilyCase(name, folder, weights, tokens, logits_of(model, tokens)), model
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("t5")
-    return {name: t5_case(name, root / name) for name in CONFIGS}
+    return {name: (family_case(config, root / name, name), random_model(config)) for name, config in CONFIGS.items()}
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "tp4"])
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "tp2pp2"])
 def test_logits_and_round_trip(made, layout):
     assert compare([case for case, _ in made.values()], layout).keys() == CONFIGS.keys()
 
@@ -141,23 +128,47 @@ def test_loss_and_gradients_are_transformers(made, sequence_parallel):
         assert relative_difference(ours, expected) < 1e-4, own
 
 
-def saved_and_loaded(case, root):
+PP2, TP2 = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}
+
+
+def saved_and_loaded(case, root, at, then):
     bridge = AutoBridge.from_hf_pretrained(case.folder)
-    bridge.save_megatron_model(bridge.to_megatron_model(tensor_model_parallel_size=2), root / "megatron")
+    bridge.save_megatron_model(bridge.to_megatron_model(**at), root / "megatron")
     again = AutoBridge.from_megatron_checkpoint(root / "megatron")
-    again.save_hf_pretrained(again.load_megatron_model(root / "megatron", tensor_model_parallel_size=2), root / "hf")
-    return verify(case.folder, megatron_path=root / "megatron", tensor_model_parallel_size=2).to_json()
+    parallel_state.destroy_model_parallel()
+    again.save_hf_pretrained(again.load_megatron_model(root / "megatron", **then), root / "hf")
+    return verify(case.folder, megatron_path=root / "megatron", **then).to_json()
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-1.1"])
-def test_a_megatron_checkpoint_and_a_folder_that_transformers_loads(made, tmp_path, name):
+@pytest.mark.parametrize(("name", "at", "then"), [("t5", PP2, TP2), ("t5-1.1", TP2, PP2)])
+def test_a_megatron_checkpoint_and_a_folder_that_transformers_loads(made, tmp_path, name, at, then):
     case, reference = made[name]
-    certificate = run_ranks(2, saved_and_loaded, case, tmp_path, timeout=180)[0]
+    certificate = run_ranks(2, saved_and_loaded, case, tmp_path, at, then, timeout=180)[0]
     assert certificate["passed"], certificate
     model = model_class(CONFIGS[name]).from_pretrained(tmp_path / "hf")
     for key, value in model.state_dict().items():
         assert torch.equal(value, reference.state_dict()[key]), key
     assert torch.equal(logits_of(model, case.tokens), case.logits)
+
+
+def test_training_on_two_stages_is_refused():
+    provider = AutoBridge.from_hf_config(CONFIGS["t5"]).to_megatron_provider()
+    provider.pipeline_model_parallel_size = 2
+    with pytest.raises(BridgeError, match="converted and run on two pipeline stages, but not trained"):
+        provider.provide_distributed_model()
+
+
+def fresh_positions():
+    provider = AutoBridge.from_hf_config(CONFIGS["t5"]).to_megatron_provider()
+    provider.tensor_model_parallel_size = 2
+    model = provider.provide_distributed_model(wrap_with_ddp=False)[0]
+    return model.decoder_relative_pos_emb.relative_attention_bias.weight.detach()
+
+
+def test_ranks_start_from_the_same_biases_of_positions():
+    first, second = run_ranks(2, fresh_positions)
+    assert torch.equal(first, second)
+    assert first.std() > 0.01
 
 
 def smaller(case, root):
@@ -177,7 +188,7 @@ def test_changed_depths_reach_the_configuration(made, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "culprit"),
     [
-        ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2: .* raise tensor_model_parallel_size"),
+        ({"pipeline_model_parallel_size": 4}, "pipeline_model_parallel_size=4: .* raise tensor_model_parallel_size"),
         ({"fp16": True}, "fp16=True: .* use bf16"),
         ({"position_embedding_type": "rope"}, "T5 has 'relative' only"),
         ({"embedding_multiplier": 2.0}, "embedding_multiplier=2.0: T5 has 1.0 only"),

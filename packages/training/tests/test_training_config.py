@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron.bridge.training.cli import train
+from megatron.bridge.training.config_origins import values_of
 from megatron.bridge.training.field_types import parse_yaml
 from megatron.bridge.training.overrides import apply_overrides, apply_yaml
 from megatron.bridge.training.recipe_registry import RECIPES
@@ -262,3 +263,53 @@ def test_schedules_and_retention_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
         make_run(**settings).validate(1)
+
+
+def test_every_misspelled_key_is_refused_by_name(make_run: Callable[..., Any]) -> None:
+    cfg = make_run()
+    keys = [each.key for each in values_of(cfg)]
+    assert len(keys) > 300
+    known = set(keys)
+    for key in keys:
+        wrong = key[:-1] if key[:-1] not in known else f"{key}x"
+        with pytest.raises(ConfigError, match=rf"unknown key '{re.escape(wrong)}'.*did you mean"):
+            apply_overrides(cfg, [f"{wrong}=1"])
+
+
+def test_every_value_of_another_type_is_refused_by_name(make_run: Callable[..., Any]) -> None:
+    cfg = make_run()
+    # A word is no number, flag or choice; a number is no list.
+    wrong = {"int": "many", "float": "much", "bool": "perhaps", "Literal": "neither", "list": "1.5"}
+    tried = 0
+    for each in values_of(cfg):
+        kinds = [part.strip() for part in each.kind.split("|")]
+        named = [kind for kind in wrong if any(part.startswith(kind) for part in kinds)]
+        # Any text will do where text is allowed.
+        if not named or any(part.startswith(("str", "dict", "Any", "Callable", "collections")) for part in kinds):
+            continue
+        with pytest.raises(ConfigError, match=re.escape(each.key)):
+            apply_overrides(cfg, [f"{each.key}={wrong[named[0]]}"])
+        tried += 1
+    assert tried > 200
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize(
+    ("field", "fits"),
+    [
+        ("tensor_model_parallel_size", {2, 4}),
+        ("pipeline_model_parallel_size", {2, 4}),
+        ("context_parallel_size", {2, 4, 8}),
+        ("expert_model_parallel_size", set()),
+        ("virtual_pipeline_model_parallel_size", set()),
+    ],
+)
+def test_every_size_that_does_not_divide_is_refused_by_name(
+    field: str, fits: set[int], size: int, make_run: Callable[..., Any]
+) -> None:
+    cfg = make_run({field: size}, global_batch_size=840)
+    if size in fits:
+        cfg.validate(size)
+        return
+    with pytest.raises(ConfigError, match=field):
+        cfg.validate(size)

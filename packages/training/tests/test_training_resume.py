@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.conversion.checkpoint_layout import CheckpointError, saved_iterations
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
 from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
@@ -179,3 +180,69 @@ def test_a_trained_checkpoint_keeps_the_hugging_face_files(make_run: Callable[..
     run_ranks(1, work, timeout=60)
     for name in ("first", "second"):
         assert (dist_checkpoint.resolve(tmp_path / name) / "hf" / "config.json").read_text() == "{}"
+
+
+def _cut(folder: Path) -> None:
+    file = max(folder.glob("*.distcp"), key=lambda each: each.stat().st_size)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_reason_told(
+    make_run: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = {"save": str(tmp_path / "run"), "save_interval": 2}
+
+    def first() -> list[float]:
+        return list(pretrain(make_run(train_iters=6, **place), forward_step).losses.values())
+
+    def second() -> tuple[dict[int, float], list[str]]:
+        run = make_run(train_iters=8, load=place["save"], progress=True, **place)
+        return pretrain(run, forward_step).losses, sorted(path.name for path in (tmp_path / "run").iterdir())
+
+    losses = run_ranks(2, first)[0]
+    _cut(tmp_path / "run" / "iter_0000006")
+    (tmp_path / "run" / "iter_0000004" / ".metadata").write_bytes(b"no metadata")
+    again, names = run_ranks(2, second)[0]
+    assert [again[step] for step in (3, 4, 5, 6)] == losses[2:]  # from step 2 on, bit for bit
+    assert {"iter_0000004", "iter_0000004.damaged", "iter_0000006", "iter_0000006.damaged", "iter_0000008"} <= {*names}
+    told = capfd.readouterr().out
+    assert "iter_0000006 is damaged" in told
+    assert "going on from" in told
+    # A folder that was chosen by name is taken or refused.
+    cfg = make_run(load=str(tmp_path / "run" / "iter_0000006.damaged"))
+    with pytest.raises(RankFailed, match="is cut off"):
+        run_ranks(1, pretrain, cfg, forward_step)
+
+
+def test_without_any_whole_checkpoint_each_is_named(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    run_ranks(1, pretrain, make_run(train_iters=2, save=str(tmp_path), save_interval=1), forward_step)
+    for folder in tmp_path.glob("iter_*"):
+        _cut(folder)
+    with pytest.raises(BridgeError, match=r"iter_0000002 is damaged.*iter_0000001 is damaged"):
+        make_run(load=str(tmp_path)).validate(1)
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_save_that_fails_is_tried_again(go_on: bool, make_run: Callable[..., Any], tmp_path: Path) -> None:
+    def work() -> tuple[int, list[int]]:
+        tried = []
+
+        def failing(*arguments: Any, **settings: Any) -> Path:
+            tried.append(arguments[1])
+            # Step 1 fails once, step 2 each time.
+            if tried.count(1) < 2 or arguments[1] == 2:
+                raise CheckpointError("No space left on device")
+            return save(*arguments, **settings)
+
+        save, dist_checkpoint.save = dist_checkpoint.save, failing
+        settings = {"save": str(tmp_path), "save_interval": 1, "save_retries": 1, "go_on_without": go_on}
+        return pretrain(make_run(train_iters=3, **settings), forward_step).iteration, tried
+
+    if go_on:
+        assert run_ranks(2, work) == [(3, [1, 1, 2, 2, 3])] * 2
+        assert saved_iterations(tmp_path) == [1, 3]
+    else:
+        with pytest.raises(RankFailed, match="No space left on device"):
+            run_ranks(2, work)
+        assert saved_iterations(tmp_path) == [1]

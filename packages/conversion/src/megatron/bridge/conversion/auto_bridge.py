@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 from megatron.bridge.conversion import hf_config as reader
 from megatron.bridge.conversion.foreign import refuse_foreign_bridge
-from megatron.bridge.conversion.heads import HeadedBridge, head_of, headed_architectures
+from megatron.bridge.conversion.heads import HeadedBridge, head_of, head_on, headed_architectures
 from megatron.bridge.conversion.hf import HFSource
+from megatron.bridge.conversion.hf.names import holds_weights
 from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES, MegatronModelBridge
 from megatron.bridge.errors import BridgeError, did_you_mean
 from megatron.bridge.registry import UnknownPlugin
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.live import Model, Progress, WeightSource
     from megatron.bridge.conversion.live_export import Bucket, Exporter
     from megatron.bridge.conversion.plan import Plan
+    from megatron.bridge.conversion.table import WeightTable
     from megatron.bridge.conversion.weight_source import StoredWeights
 
 refuse_foreign_bridge()
@@ -47,6 +49,8 @@ class AutoBridge:
         # Values in which `hf_config` differs from the source's own file.
         self.changes = dict(changes or {})
         self.model_bridge: MegatronModelBridge = _model_bridge(hf_config)
+        if source is not None and not self.changes:
+            self.model_bridge.weight_names = lambda: source.weight_names
 
     def __repr__(self) -> str:
         return f"AutoBridge({reader.architecture(self.hf_config)}, source={self.source})"
@@ -113,6 +117,30 @@ class AutoBridge:
         """
         return sorted([*MODEL_BRIDGES, *(headed_architectures() if heads else ())])
 
+    def with_new_head(self, num_labels: int = 1, *, per_token: bool = False) -> "AutoBridge":
+        """The bridge of this model's decoder under a fresh head: a reward model to train from a language model.
+
+        Everything but the head comes from this bridge's folder, whose output layer is left aside; the head keeps its
+        random initial values. What is exported is of the headed architecture.
+
+        Args:
+            num_labels: outputs of the head; 1 for rewards and values.
+            per_token: a token classification model; otherwise a sequence classification one. Either gives the logits
+                of every token in Megatron.
+
+        Raises:
+            BridgeError: transformers has no such model.
+        """
+        from megatron.bridge.conversion.derived_config import with_values
+
+        architecture = head_on(reader.architecture(self.hf_config), per_token=per_token)
+        changes = {"architectures": [architecture], "num_labels": num_labels}
+        headed = AutoBridge(with_values(self.hf_config, changes), self.source, self.changes | changes)
+        if not isinstance(headed.model_bridge, HeadedBridge):
+            raise BridgeError(f"{architecture} is offered by a bridge of its own, which makes no fresh heads")
+        headed.model_bridge.is_new = True
+        return headed
+
     # --- into Megatron
 
     def to_megatron_provider(self, load_weights: bool = True, dtype: "torch.dtype | None" = None) -> Any:
@@ -177,8 +205,10 @@ class AutoBridge:
         from megatron.bridge.conversion.live import load_weights
 
         source, what = self._weight_source(weights)
-        table = self.model_bridge.mapping_registry()
-        return load_weights(model, table, source, f"import of {what}", progress, process_groups)
+        table, kept = self.weight_table(source.shapes), tuple[str, ...]()
+        if weights is None and isinstance(self.model_bridge, HeadedBridge) and self.model_bridge.is_new:
+            table, kept = self.model_bridge.headless_table(), self.model_bridge.head_weights()
+        return load_weights(model, table, source, f"import of {what}", progress, process_groups, kept)
 
     @cached_property
     def stored_weights(self) -> "StoredWeights":
@@ -207,6 +237,18 @@ class AutoBridge:
 
     # --- out of Megatron
 
+    def weight_table(self, names: "Iterable[str] | None" = None) -> "WeightTable":
+        """The family's table, with Hugging Face names as `names` (of weights) spell them; None takes the source's."""
+        table = self.model_bridge.mapping_registry()
+        if not table.spellings:
+            return table
+        return table.spelled(self._source_names() if names is None else names)
+
+    def _source_names(self) -> "Iterable[str]":
+        if self.source is None or not any(map(holds_weights, self.source.folder.iterdir())):
+            return ()
+        return self.stored_weights.shapes
+
     def get_conversion_tasks(
         self,
         model: "Model",
@@ -230,7 +272,7 @@ class AutoBridge:
         """
         from megatron.bridge.conversion.live_export import Exporter
 
-        table = self.describing(model).model_bridge.mapping_registry()
+        table = self.describing(model).weight_table()
         return Exporter(model, table, dtype=dtype, process_groups=process_groups, rank_timeout=rank_timeout)
 
     def describing(self, model: "Model") -> "AutoBridge":
@@ -338,6 +380,7 @@ class AutoBridge:
         dtype: "DtypePolicy" = None,
         distributed_save: bool = True,
         max_shard_bytes: float = 5e9,
+        quantization: str | None = None,
     ) -> Path:
         """Write a complete Hugging Face folder: weights, configuration, tokenizer, templates, code. Collective.
 
@@ -351,6 +394,8 @@ class AutoBridge:
             dtype: as in `get_conversion_tasks`.
             distributed_save: every rank writes its share of the files; False leaves all to rank 0.
             max_shard_bytes: size of one weight file.
+            quantization: "fp8-block" writes the linear layers in float8 with a scale per 128 x 128 block, as DeepSeek
+                publishes; None writes full precision, whatever the source held.
 
         Raises:
             BridgeError: the target exists or cannot be written, or the model does not match the table.
@@ -367,6 +412,7 @@ class AutoBridge:
             dtype=dtype,
             distributed_save=distributed_save,
             max_shard_bytes=max_shard_bytes,
+            quantization=quantization,
         )
 
     def save_hf_weights(self, model: "Model", path: str | Path, **options: Any) -> Path:
@@ -428,6 +474,7 @@ class AutoBridge:
         *,
         overwrite: bool = False,
         show_progress: bool = False,
+        quantization: str | None = None,
         **layout: Any,
     ) -> Path:
         """Convert a Megatron checkpoint to a complete Hugging Face folder. Collective.
@@ -435,10 +482,13 @@ class AutoBridge:
         Args:
             megatron_path: a checkpoint folder, or the root that holds it.
             hf_path: the folder to make.
+            quantization: as in `save_hf_pretrained`.
             layout: provider fields to convert with.
         """
         model = self.load_megatron_model(megatron_path, **layout)
-        return self.save_hf_pretrained(model, hf_path, overwrite=overwrite, show_progress=show_progress)
+        return self.save_hf_pretrained(
+            model, hf_path, overwrite=overwrite, show_progress=show_progress, quantization=quantization
+        )
 
 
 def _set_fields(provider: Any, values: Mapping[str, Any]) -> None:

@@ -71,6 +71,7 @@ def import_command(
     "hf_model",
     help="Which Hugging Face model it is (a folder with its config.json will do), for checkpoints that do not say.",
 )
+@click.option("--quantization", help="Write linear layers in few bits: fp8-block. The default is full precision.")
 @click.option("--overwrite", is_flag=True, help="Replace a Hugging Face folder that is there.")
 def export_command(
     megatron_path: Path,
@@ -79,7 +80,7 @@ def export_command(
     offline: bool,
     workers: int | None,
     hf_model: str | None,
-    overwrite: bool,
+    **options: Any,
 ) -> None:
     """Convert the Megatron checkpoint at MEGATRON_PATH to a complete Hugging Face folder HF_PATH."""
     _refuse_contradiction(offline, workers, layout)
@@ -87,9 +88,9 @@ def export_command(
     if offline:
         from megatron.bridge.conversion.offline import export_checkpoint
 
-        export_checkpoint(megatron_path, hf_path, hf_model=hf_model, workers=workers or 1, overwrite=overwrite)
+        export_checkpoint(megatron_path, hf_path, hf_model=hf_model, workers=workers or 1, **options)
     else:
-        _run(ranks_of(layout), _export, megatron_path, hf_path, hf_model, {"overwrite": overwrite, **layout})
+        _run(ranks_of(layout), _export, megatron_path, hf_path, hf_model, options | layout)
     _say(f"{megatron_path} -> {hf_path} in {time.perf_counter() - started:.1f} s")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +30,20 @@ def changed_values(bridge: "MegatronModelBridge", model: "Model") -> dict[str, A
     """Configuration values in which `model` differs from the bridge's configuration: fewer layers, more tokens, ..."""
     chunk = as_chunks(model)[0]
     held = {name: _value(chunk, field) for field, name in bridge.shared_fields.items()}
-    return {
-        name: value for name, value in held.items() if value is not None and value != getattr(bridge.hf_config, name)
+    changed = {
+        name: value
+        for name, value in held.items()
+        if value is not None and value != operator.attrgetter(name)(bridge.hf_config)
     }
+    return changed | bridge.further_changes(chunk.config)
 
 
 def with_values(config: "PretrainedConfig", values: Mapping[str, Any]) -> "PretrainedConfig":
     """A copy of a configuration with some values changed."""
     changed = copy.deepcopy(config)
     for name, value in values.items():
-        setattr(changed, name, value)
+        *within, last = name.split(".")
+        setattr(operator.attrgetter(".".join(within))(changed) if within else changed, last, value)
     return changed
 
 
@@ -54,11 +59,23 @@ def config_json(config: "PretrainedConfig", source: Path | None, changes: Mappin
     if source is None:
         values: dict[str, Any] = config.to_dict()
         values.pop("_name_or_path", None)
-        return in_full_precision(values) | changes
+        return _changed(in_full_precision(values), changes)
     values = in_full_precision(json.loads((source / "config.json").read_text(encoding="utf-8")))
     # Files written before transformers 5 spell it `torch_dtype`.
     spelled = {"dtype": "torch_dtype"} if "torch_dtype" in values else {}
-    return values | {spelled.get(name, name): value for name, value in changes.items()}
+    return _changed(values, {spelled.get(name, name): value for name, value in changes.items()})
+
+
+def _changed(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with changes, whose dots lead into dictionaries; older files have no such dictionary but its values."""
+    changed = copy.deepcopy(values)
+    for name, value in changes.items():
+        *within, last = name.split(".")
+        place = changed
+        for part in within:
+            place = place.get(part, place)
+        place[last] = value
+    return changed
 
 
 def in_full_precision(values: Mapping[str, Any]) -> dict[str, Any]:

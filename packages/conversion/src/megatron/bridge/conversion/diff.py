@@ -151,7 +151,7 @@ def _open_hf(folder: Path) -> Stored:
     tied: dict[str, str] = {}
     # Without a family (or a configuration) two folders can still be compared, name by name.
     with suppress(BridgeError):
-        tied = {tie.name: tie.to for tie in AutoBridge.from_hf_pretrained(folder).model_bridge.mapping_registry().tied}
+        tied = {tie.name: tie.to for tie in AutoBridge.from_hf_pretrained(folder).weight_table().tied}
     return Stored({name: (info.shape, info.dtype) for name, info in weights.items()}, tied, weights.read)
 
 

@@ -6,6 +6,7 @@ decoder of which, and only a decoder that is itself offered by name gets a head.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SUFFIXES = ("ForSequenceClassification", "ForTokenClassification")
+# Architectures that are more than a decoder; transformers lists some of them among the causal language models.
+_OF_PARTS = "ForConditionalGeneration"
 # Families whose token classifiers are older than transformers' shared one; their head has a bias in any case.
 _WITH_CLASSIFIER = ("Bloom", "BioGpt", "Falcon", "GPT2", "GPTBigCode", "GPTNeo", "GPTNeoX", "Mpt")
+_OUTPUT = "output_layer."
 # What belongs to the vocabulary's logits: a head on the last hidden state takes no part in it.
 _OF_THE_VOCABULARY: dict[str, Any] = {
     "share_embeddings_and_output_weights": False,
@@ -68,6 +72,24 @@ def headed_architectures() -> list[str]:
     return sorted(name for name, head in _known_heads().items() if head.decoder in MODEL_BRIDGES)
 
 
+def head_on(decoder: str, *, per_token: bool) -> str:
+    """The architecture that has a decoder's weights under a head.
+
+    Args:
+        decoder: the architecture of the causal language model.
+        per_token: a head with labels for every token; otherwise for the sequence.
+
+    Raises:
+        BridgeError: transformers has no such model, so that nothing could load what came of it.
+    """
+    for name, head in _known_heads().items():
+        if (head.decoder, head.per_token) == (decoder, per_token):
+            return name
+    kind = "token" if per_token else "sequence"
+    others = sorted({name for name, head in _known_heads().items() if head.decoder == decoder})
+    raise BridgeError(f"transformers has no {kind} classification head on {decoder} (it has: {others or 'none'})")
+
+
 @functools.cache
 def _known_heads() -> dict[str, Head]:
     """Every headed decoder that transformers knows."""
@@ -81,7 +103,7 @@ def _known_heads() -> dict[str, Head]:
     ):
         for kind, architecture in names.items():
             own = per_token and architecture.removesuffix("ForTokenClassification") in _WITH_CLASSIFIER
-            if kind in decoders:
+            if kind in decoders and not decoders[kind].endswith(_OF_PARTS):
                 weight = "classifier" if own else "score"
                 found[architecture] = Head(decoders[kind], weight, per_token, always_bias=own)
     return found
@@ -103,7 +125,11 @@ class HeadedBridge(MegatronModelBridge):
                 f"decoders such as {head.decoder} alone"
             )
         self.head = head
+        # Whether the bridge's own folder is the causal language model's, which has no such head.
+        self.is_new = False
         self.family = MODEL_BRIDGES[head.decoder](hf_config)
+        # Whatever the configuration says, no prediction layers come with such a head.
+        self.family.weight_names = frozenset
         shared = {key: value for key, value in self.family.shared_fields.items() if key not in _OF_THE_VOCABULARY}
         self.shared_fields = {**shared, "num_labels": "num_labels"}  # type: ignore[misc]
 
@@ -120,10 +146,27 @@ class HeadedBridge(MegatronModelBridge):
             pad_token_id=getattr(self.hf_config, "pad_token_id", None),
         )
 
+    def moe_layers(self) -> Sequence[bool] | None:
+        return self.family.moe_layers()
+
     def mapping_registry(self) -> WeightTable:
+        decoder = self._decoder_table()
+        head = (WeightRule(name, f"{self.head.weight}.{name.partition('.')[2]}") for name in self.head_weights())
+        return WeightTable((*decoder.rules, *head), (), decoder.ignored)
+
+    def head_weights(self) -> tuple[str, ...]:
+        """The head's weights by their Megatron names."""
+        bias = ("output_layer.bias",) if self.head.has_bias(self.hf_config) else ()
+        return ("output_layer.weight", *bias)
+
+    def headless_table(self) -> WeightTable:
+        """The decoder's weights in a folder of the causal language model, whose output layer is left aside."""
+        decoder, family = self._decoder_table(), self.family.mapping_registry()
+        outputs = [name for rule in family.rules if rule.megatron.startswith(_OUTPUT) for name in rule.hf_names]
+        return dataclasses.replace(decoder, ignored=(*decoder.ignored, *outputs, *(tie.name for tie in family.tied)))
+
+    def _decoder_table(self) -> WeightTable:
         table = self.family.mapping_registry()
-        decoder = tuple(rule for rule in table.rules if not rule.megatron.startswith(("output_layer.", "mtp.")))
-        kinds = ("weight", "bias") if self.head.has_bias(self.hf_config) else ("weight",)
-        head = tuple(WeightRule(f"output_layer.{kind}", f"{self.head.weight}.{kind}") for kind in kinds)
+        rules = tuple(rule for rule in table.rules if not rule.megatron.startswith((_OUTPUT, "mtp.")))
         # Decoders tie nothing but their vocabulary's output layer.
-        return WeightTable((*decoder, *head), (), table.ignored)
+        return WeightTable(rules, (), table.ignored)

@@ -23,6 +23,7 @@ _COLUMNS: tuple[str, ...] = (
     "OWNER",
     "BYTES PER RANK",
 )
+_LONGEST = 100  # characters of a transform's or shard rule's values that are shown
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def _rows(plan: Plan, dtypes: Mapping[str, Any], layout: Mapping[str, int]) -> l
 
 
 def _named(value: Any) -> str:
-    """`Blocks(0, 2)` for a dataclass."""
-    return f"{type(value).__name__}({', '.join(repr(getattr(value, field.name)) for field in fields(value))})"
+    """`Blocks(0, 2)` for a dataclass; values that would fill a screen are left out."""
+    values = ", ".join(repr(getattr(value, field.name)) for field in fields(value))
+    return f"{type(value).__name__}({values if len(values) <= _LONGEST else '...'})"
 
 
 def as_json(rows: Iterable[PlanRow]) -> list[dict[str, Any]]:

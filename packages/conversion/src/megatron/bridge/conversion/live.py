@@ -129,6 +129,7 @@ def load_weights(
     what: str = "import",
     progress: Progress | None = None,
     groups: Any = None,
+    kept: Sequence[str] = (),
 ) -> Plan:
     """Fill a model with Hugging Face weights. Collective over the model's ranks.
 
@@ -139,6 +140,7 @@ def load_weights(
         what: named in errors, e.g. the folder.
         progress: called with each Megatron name and the elements read for it on this rank.
         groups: process groups, as in `Layout.of`.
+        kept: Megatron weights that keep their values, because the caller knows that the source has none for them.
 
     Raises:
         PlanError: the two sides do not correspond; no weight was touched.
@@ -146,7 +148,7 @@ def load_weights(
     """
     chunks = as_chunks(model)
     layout = Layout.of(chunks, groups)
-    local = canonical_weights(chunks, layout)
+    local = {name: weight for name, weight in canonical_weights(chunks, layout).items() if name not in kept}
     index = megatron_index(table, local, layout)
     plan = import_plan(table, source.shapes, index.shapes, what)
     _refuse_uneven(plan, layout, what)

@@ -15,7 +15,10 @@ from megatron.bridge.errors import BridgeError
 
 # Experts as modules of their own (any layer spec), and as numbered weights of one module (Transformer Engine's).
 _EXPERT_MODULE = re.compile(r"(.*\.experts)\.local_experts\.(\d+)\.(.+)")
+_OUTPUT = "output_layer.weight"
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
+# A layer for multi-token prediction: its module, and what checkpoints call it.
+_PREDICTION_MODULE, _PREDICTION_KEY = "mtp_model_layer", "transformer_layer"
 
 
 def unwrap(module: "torch.nn.Module") -> "torch.nn.Module":
@@ -70,8 +73,8 @@ class _Names:
         self._first_expert = experts // layout.expert_size * layout.expert_rank
 
     def canonical(self, name: str) -> str:
-        if self._tied and name == "output_layer.weight":
-            return "embedding.word_embeddings.weight"
+        if self._tied and (name == _OUTPUT or name.endswith(f".{_OUTPUT}")):
+            return name.removesuffix(_OUTPUT) + "embedding.word_embeddings.weight"
         for prefix, (canonical_prefix, renamed) in self._prefixes.items():
             if name.startswith(prefix):
                 inner = name.removeprefix(prefix)
@@ -100,10 +103,14 @@ def global_expert(name: str, first: int) -> str:
 def _layer_prefixes(chunk: Any) -> Iterator[tuple[str, tuple[str, dict[str, str]]]]:
     """Per transformer layer: its prefix in this chunk, its canonical prefix, and the renaming its spec declares."""
     for name, module in chunk.named_modules():
-        parent, _, index = name.rpartition(".")
-        if index.isdigit() and hasattr(module, "layer_number") and hasattr(module, "submodules_config"):
-            renamed = module.submodules_config.sharded_state_dict_keys_map
-            yield f"{name}.", (f"{parent}.{module.layer_number - 1}.", dict(renamed))
+        if not (hasattr(module, "layer_number") and hasattr(module, "submodules_config")):
+            continue
+        parent, _, own = name.rpartition(".")
+        renamed = dict(module.submodules_config.sharded_state_dict_keys_map)
+        if own.isdigit():
+            yield f"{name}.", (f"{parent}.{module.layer_number - 1}.", renamed)
+        elif own == _PREDICTION_MODULE:
+            yield f"{name}.", (f"{parent}.{_PREDICTION_KEY}.", renamed)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Logits of a Megatron model at any layout, for comparison with another implementation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.live import Model
@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def megatron_logits(model: Model, input_ids: "torch.Tensor") -> "torch.Tensor":
+def megatron_logits(
+    model: Model, input_ids: "torch.Tensor", inputs: "Sequence[Mapping[str, torch.Tensor]]" = ()
+) -> "torch.Tensor":
     """Run a forward pass; every rank returns the whole result. Collective over the model's ranks.
 
     Args:
         model: chunks of this rank, wrapped or not.
         input_ids: token ids [batch, sequence], the same on every rank.
+        inputs: per row, what the model takes besides (images), the same on every rank.
 
     Returns:
         Logits [batch, sequence, vocabulary] in float32, padding columns included; of a headed model
@@ -30,7 +33,7 @@ def megatron_logits(model: Model, input_ids: "torch.Tensor") -> "torch.Tensor":
     for chunk in chunks:
         chunk.eval()
     # One row per micro-batch: interleaved stages want a multiple of the pipeline's depth.
-    rows = list(input_ids.split(1))
+    rows = list(zip(input_ids.split(1), inputs or [{}] * input_ids.shape[0], strict=True))
     rows += rows[:1] * (-len(rows) % layout.pipeline_size)
     with torch.no_grad():
         collected = get_forward_backward_func()(
@@ -49,14 +52,14 @@ def megatron_logits(model: Model, input_ids: "torch.Tensor") -> "torch.Tensor":
     return _everywhere(collected, layout, input_ids, gathered)
 
 
-def _forward_step(rows: "Iterator[torch.Tensor]", chunk: Any) -> Any:
+def _forward_step(rows: "Iterator[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]", chunk: Any) -> Any:
     import torch
 
-    tokens = next(rows)
+    tokens, inputs = next(rows)
     if getattr(chunk, "xattn_needed", False):  # an encoder-decoder; its decoder reads the same tokens
         return chunk(tokens, tokens, None, None, None), lambda output, non_loss_data: output
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return chunk(tokens, positions, None), lambda output, non_loss_data: output
+    return chunk(tokens, positions, None, **inputs), lambda output, non_loss_data: output
 
 
 def _everywhere(

@@ -55,7 +55,7 @@ def describing_files(bridge: "AutoBridge", scratch: Path) -> Path:
     folder.mkdir()
     if bridge.source is not None:
         copy_companions(bridge.source.folder, folder)
-    write_config(folder, bridge.config_json())
+    write_config(folder, bridge.config_json(**bridge.model_bridge.settled_changes()))
     return folder
 
 

@@ -1,14 +1,17 @@
 """`MegatronModelBridge`: what a model family says about itself, and where families are found."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightTable
+from megatron.bridge.conversion.transforms import Shape
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers import PretrainedConfig
 
 
@@ -23,11 +26,14 @@ class MegatronModelBridge(ABC):
         hf_config: the model's configuration.
     """
 
-    # Megatron provider field <- Hugging Face field with the same value; read in both directions.
+    # Megatron provider field <- Hugging Face field with the same value; read in both directions. Dots lead into
+    # configurations within the configuration.
     shared_fields: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, hf_config: "PretrainedConfig") -> None:
         self.hf_config = hf_config
+        # Names of the weights that the source holds, where there is one: what a configuration may leave open.
+        self.weight_names: Callable[[], Collection[str] | None] = lambda: None
 
     @abstractmethod
     def provider_bridge(self) -> Any:
@@ -55,6 +61,33 @@ class MegatronModelBridge(ABC):
         if absent:
             raise BridgeError(f"the configuration ({type(self.hf_config).__name__}) lacks {', '.join(absent)}")
         return {field: getattr(self.hf_config, name) for field, name in self.shared_fields.items()}
+
+    def settled_changes(self) -> dict[str, Any]:
+        """Configuration values that the source's files settle otherwise than the configuration states them."""
+        return {}
+
+    def further_changes(self, config: "TransformerConfig") -> dict[str, Any]:
+        """Configuration values, beside the shared fields, in which a model that was built with `config` differs."""
+        return {}
+
+    # What the Megatron names of the language model begin with, where it is part of a larger one.
+    language_prefix: ClassVar[str] = ""
+
+    def tree_shapes(self) -> Mapping[str, Shape]:
+        """Megatron names and shapes of what the table has whole sub-trees of."""
+        return {}
+
+    def probe_images(self, count: int, generator: "torch.Generator") -> "Mapping[str, torch.Tensor]":
+        """So many random images as the model takes them for one row of tokens; empty for a model that sees none."""
+        return {}
+
+    def special_tokens(self) -> Sequence[int]:
+        """Token ids that stand for something else than text: an image's first of all."""
+        return ()
+
+    def token_types(self, tokens: "torch.Tensor") -> "Mapping[str, torch.Tensor]":
+        """What transformers' model wants to be told about the kinds of these tokens [batch, sequence]."""
+        return {}
 
     @staticmethod
     def register_bridge(

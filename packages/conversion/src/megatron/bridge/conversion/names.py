@@ -49,6 +49,10 @@ class NamePattern:
     def _offsets(self) -> tuple[int, ...]:
         return tuple(int(match[2] or 0) for match in _INDEX.finditer(self.text))
 
+    def offset(self, variable: str) -> int:
+        """What is added to an index variable; 0 where the pattern has no such variable."""
+        return dict(zip(self.indices, self._offsets, strict=True)).get(variable, 0)
+
     def match(self, name: str) -> dict[str, int] | None:
         """The indices for which this pattern spells `name`, or None."""
         found = self._regex.fullmatch(name)

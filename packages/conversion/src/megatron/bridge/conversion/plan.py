@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from megatron.bridge.conversion.entries import without_entries
-from megatron.bridge.conversion.names import Indices
+from megatron.bridge.conversion.names import Indices, NamePattern
 from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Shape
 from megatron.bridge.errors import BridgeError
@@ -151,7 +151,7 @@ def _join(table: WeightTable, megatron: Mapping[str, Shape], problems: _Problems
             problems.add(_NO_RULE_MEGATRON, f"{name} {list(shape)}")
             continue
         rule, indices = met
-        used.add(rule.megatron)
+        used.add(rule.tree or rule.megatron)
         hf, hf_shapes = rule.hf_for(indices), tuple(rule.transform.hf_shapes(shape))
         items.append(PlanItem(name, shape, hf, hf_shapes, rule, indices))
     for rule in table.rules:
@@ -183,7 +183,7 @@ def _check_gaps(items: Iterable[PlanItem], problems: _Problems) -> None:
     for item in items:
         indices = item.indices
         if "l" in indices:
-            layers.add(indices["l"])
+            layers.add(_hf_layer(item))
         if "e" in indices:
             experts[item.rule.megatron, indices.get("l")].add(indices["e"])
     for layer in _gaps(layers):
@@ -197,6 +197,11 @@ def _gaps(held: set[int]) -> list[int]:
     return sorted(set(range(max(held, default=-1) + 1)) - held)
 
 
+def _hf_layer(item: PlanItem) -> int:
+    """The item's layer as Hugging Face counts, which goes on where Megatron-Core begins anew (prediction layers)."""
+    return item.indices.get("l", 0) + NamePattern(item.rule.hf_names[0]).offset("l")
+
+
 def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, ...]:
     """Items in the table's order, layer by layer: what stands before the first layered rule, the layers, the rest.
 
@@ -206,9 +211,9 @@ def _in_order(table: WeightTable, items: Iterable[PlanItem]) -> tuple[PlanItem, 
     first_layered = next((index for index, rule in enumerate(table.rules) if rule.pattern.indices), len(table.rules))
 
     def key(item: PlanItem) -> tuple[int, int, int, int]:
-        place = position[item.rule.megatron]
+        place = position[item.rule.tree or item.rule.megatron]
         indices = item.indices
         part = 1 if indices else (0 if place < first_layered else 2)
-        return part, indices.get("l", 0), place, indices.get("e", 0)
+        return part, _hf_layer(item), place, indices.get("e", 0)
 
     return tuple(sorted(items, key=key))

@@ -1,5 +1,6 @@
 """Writes a model spread over ranks to one complete Hugging Face folder."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ from megatron.bridge import platform
 from megatron.bridge.conversion.hf import HFFolderWriter, copy_companions, write_config
 from megatron.bridge.conversion.live import Model
 from megatron.bridge.conversion.live_export import Exporter
+from megatron.bridge.conversion.low_bit.encoders import Encoder, encoder_of
 from megatron.bridge.conversion.progress import tracked
 from megatron.bridge.conversion.rank_agreement import gather, on_every_rank, on_rank_zero
 from megatron.bridge.errors import BridgeError
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.dtype_policy import DtypePolicy
+
+# Weights gathered in one go: enough that the number of small weights does not matter.
+_BUCKET_BYTES = 64 * 2**20
 
 
 def save_hf_folder(
@@ -29,15 +34,19 @@ def save_hf_folder(
     dtype: "DtypePolicy" = None,
     distributed_save: bool = True,
     max_shard_bytes: float = 5e9,
+    quantization: str | None = None,
 ) -> Path:
     """See `AutoBridge.save_hf_pretrained`. Collective."""
-    exporter = Exporter(model, bridge.model_bridge.mapping_registry(), f"export to {path}", dtype=dtype)
+    exporter = Exporter(model, bridge.weight_table(), f"export to {path}", dtype=dtype)
+    encoder = encoder_of(quantization, exporter.plan, f"export to {path}")
     dtypes = exporter.dtypes
     tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}
-    writer = _open_together(path, tensors, max_shard_bytes, overwrite)
+    written = encoder.specs(tensors)
+    writer = _open_together(path, written, max_shard_bytes, overwrite)
     try:
-        _write_share(writer, exporter, distributed_save, show_progress)
-        on_rank_zero(lambda: _finish(writer, bridge, dtypes, companions), f"export to {path} failed")
+        _write_share(writer, exporter, encoder, distributed_save, show_progress)
+        changes = config_changes(dtypes.values(), encoder)
+        on_rank_zero(lambda: _finish(writer, bridge, changes, companions), f"export to {path} failed")
     except BaseException:
         writer.abort()
         raise
@@ -59,16 +68,26 @@ def _open_together(path: Path, tensors: Any, max_shard_bytes: float, overwrite: 
     return writer
 
 
-def _write_share(writer: HFFolderWriter, exporter: Exporter, distributed: bool, show_progress: bool) -> None:
+def _write_share(
+    writer: HFFolderWriter,
+    exporter: Exporter,
+    encoder: Encoder,
+    distributed: bool,
+    show_progress: bool,
+) -> None:
     rank, world = platform.rank(), platform.world_size()
     files = writer.files_of(rank, world) if distributed else (writer.files if rank == 0 else ())
     mine = {name for file in files for name in writer.tensors_of(file)}
     # Every rank takes part in the gathering of every weight, so a failed write is kept until all are through.
     failure: Exception | None = None
-    for name, tensor in tracked(exporter.weights(), len(exporter.plan.hf_shapes), "export", shown=show_progress):
-        if name in mine and failure is None:
+    weights = (pair for bucket in exporter.stream(_BUCKET_BYTES) for pair in bucket.items())
+    for name, tensor in tracked(weights, len(exporter.plan.hf_shapes), "export", shown=show_progress):
+        outputs = encoder.outputs(name)
+        if failure is None and not mine.isdisjoint(outputs):
             try:
-                writer.write(name, tensor)
+                for output, part in encoder.encode(name, tensor):
+                    if output in mine:
+                        writer.write(output, part)
             except Exception as error:
                 failure = error
 
@@ -81,11 +100,16 @@ def _write_share(writer: HFFolderWriter, exporter: Exporter, distributed: bool, 
     on_every_rank(close, f"export to {writer.folder} failed", BridgeError)
 
 
-def _finish(writer: HFFolderWriter, bridge: "AutoBridge", dtypes: "dict[str, torch.dtype]", companions: bool) -> None:
+def _finish(writer: HFFolderWriter, bridge: "AutoBridge", changes: Mapping[str, Any], companions: bool) -> None:
     if companions and bridge.source is not None:
         copy_companions(bridge.source.folder, writer.partial)
-    floating = {held for held in dtypes.values() if held.is_floating_point}
-    # Weights of several precisions (a policy per tensor) leave the configuration's statement as it was.
-    changes = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
     write_config(writer.partial, bridge.config_json(**changes))
     writer.finish()
+
+
+def config_changes(dtypes: "Iterable[torch.dtype]", encoder: Encoder) -> dict[str, Any]:
+    """What `config.json` says about precision, given the dtypes of the weights before they are quantised."""
+    floating = {held for held in dtypes if held.is_floating_point}
+    # Weights of several precisions (a policy per tensor) leave the configuration's statement as it was.
+    changes: dict[str, Any] = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
+    return changes | encoder.config

@@ -75,6 +75,17 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class NamedBlocks(Blocks):
+    """Blocks that Megatron-Core's checkpoints hold under keys of their own: `NAME.z`, `NAME.x`, ...
+
+    Args:
+        names: what the keys add to the weight's name, in the order of the blocks.
+    """
+
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Replicated:
     """Every tensor-parallel rank holds the whole tensor."""
 

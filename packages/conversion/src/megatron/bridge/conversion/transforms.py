@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from megatron.bridge.errors import BridgeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -225,6 +227,34 @@ class _Rows:
     def read(self, region: Region) -> "torch.Tensor":
         start, stop = region[0]
         return self.tensor.read(_on_axis(region, 0, self.first + start, self.first + stop))
+
+
+@dataclass(frozen=True)
+class Repeated(Transform):
+    """One tensor that `count` Hugging Face weights hold, each the same; `inner` joins the first to the Megatron tensor.
+
+    Reading proves that they are the same, region by region.
+    """
+
+    count: int
+    inner: Transform = Identity()
+
+    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
+        return self.inner.megatron_shape(hf[:1], megatron)
+
+    def hf_shapes(self, megatron: Shape) -> list[Shape]:
+        return self.inner.hf_shapes(megatron) * self.count
+
+    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
+        first = self.inner.forward(hf[:1], region)
+        for other in hf[1:]:
+            if not self.inner.forward([other], region).equal(first):
+                names = " and ".join(getattr(tensor, "name", "a weight") for tensor in (hf[0], other))
+                raise BridgeError(f"{names} differ, but Megatron-Core has one weight for both; one would be lost")
+        return first
+
+    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
+        return self.inner.inverse(megatron) * self.count
 
 
 @dataclass(frozen=True)

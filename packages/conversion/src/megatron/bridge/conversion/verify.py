@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
+from megatron.bridge.conversion.hf_config import read_config
 from megatron.bridge.conversion.live_weights import as_chunks
+from megatron.bridge.conversion.transforms import whole
+from megatron.bridge.conversion.weight_source import QUANTIZATION_KEYS, quantization_config
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Certificate:
         digests: SHA-256 over names, dtypes, shapes and bytes of the compared weights in order, of either side.
         logit_difference: max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
         tokens_compared: positions whose logits were compared.
+        low_bit: how the folder's weights are quantised; both sides then had the weights that they stand for.
     """
 
     model: str
@@ -51,6 +55,7 @@ class Certificate:
     digests: Mapping[str, str] = field(default_factory=dict)
     tokens_compared: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    low_bit: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -89,25 +94,29 @@ class Certificate:
             )
 
 
-def reference_logits(folder: Path, input_ids: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """transformers' logits [batch, sequence, vocabulary] in float32, computed on this process's device."""
-    from transformers import AutoConfig
+def reference_model(folder: Path, dtype: "torch.dtype", decoded: "Mapping[str, torch.Tensor] | None" = None) -> Any:
+    """transformers' own model of a folder, on this process's device.
+
+    Args:
+        folder: the model.
+        dtype: to compute in.
+        decoded: its weights in full precision, where the folder holds them in few bits: to read those, transformers
+            needs packages of its own for each format.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from megatron.bridge import platform
-    from megatron.bridge.conversion.reference import logits_of, model_class
+    from megatron.bridge.conversion.reference import model_class
 
     disable_progress_bar()
-    found = model_class(AutoConfig.from_pretrained(str(folder)))
-    model = found.from_pretrained(str(folder), dtype=dtype).to(platform.device()).eval()
-    return logits_of(model, input_ids.to(platform.device()))
-
-
-def probe_tokens(vocab_size: int, sequence: int = 32, batch: int = 2) -> "torch.Tensor":
-    """Token ids [batch, sequence] that are the same on every rank and in every run."""
-    import torch
-
-    return torch.randint(0, vocab_size, (batch, sequence), generator=torch.Generator().manual_seed(20))
+    config = read_config(folder)
+    if decoded is None:
+        model = model_class(config).from_pretrained(str(folder), dtype=dtype)
+    else:
+        for name in QUANTIZATION_KEYS:
+            vars(config).pop(name, None)
+        model = model_class(config).from_pretrained(None, config=config, state_dict=dict(decoded), dtype=dtype)
+    return model.to(platform.device()).eval()
 
 
 def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
@@ -135,6 +144,8 @@ def verify(
     """
     from megatron.bridge import platform
     from megatron.bridge.conversion.logits import megatron_logits
+    from megatron.bridge.conversion.probes import probe
+    from megatron.bridge.conversion.reference import logits_of
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     if model is None:
@@ -144,9 +155,12 @@ def verify(
         else:
             model = bridge.load_megatron_model(megatron_path, **options)
     weights = _compare_weights(bridge, model)
-    tokens = probe_tokens(bridge.hf_config.vocab_size).to(platform.device())
-    ours = megatron_logits(model, tokens)[..., : bridge.hf_config.vocab_size]
-    difference = relative_difference(ours, reference_logits(folder, tokens, weights.dtype))
+    quantization = quantization_config(bridge.source)  # type: ignore[arg-type]
+    reference = reference_model(folder, weights.dtype, None if quantization is None else _decoded(bridge))
+    given = probe(bridge.model_bridge, reference).to(platform.device())
+    expected = logits_of(reference, given.tokens, given.inputs)
+    ours = megatron_logits(model, given.tokens, given.inputs)[..., : expected.shape[-1]]
+    difference = relative_difference(ours, expected)
     name = str(weights.dtype).removeprefix("torch.")
     return Certificate(
         model=str(folder),
@@ -161,9 +175,15 @@ def verify(
         digests={"hugging_face": weights.theirs.hexdigest(), "megatron": weights.ours.hexdigest()},
         logit_difference=difference,
         logit_tolerance=LOGIT_TOLERANCE[name],
-        tokens_compared=tokens.numel(),
+        tokens_compared=given.tokens.numel(),
         versions=_versions(),
+        low_bit=None if quantization is None else str(quantization["quant_method"]),
     )
+
+
+def _decoded(bridge: AutoBridge) -> "dict[str, torch.Tensor]":
+    source = bridge.stored_weights
+    return {name: source.read(name, whole(shape)) for name, shape in source.shapes.items()}
 
 
 @dataclass
@@ -204,17 +224,19 @@ def _compare_weights(bridge: AutoBridge, model: "Model") -> _Comparison:
 
     from megatron.bridge import platform
 
-    source = bridge.source.weights  # type: ignore[union-attr]
+    source = bridge.stored_weights
     result, seen = _Comparison(torch.float32), set()
     for name, tensor in bridge.export_hf_weights(model, cpu=True):
         seen.add(name)
         if tensor.is_floating_point():
             result.dtype = tensor.dtype
-        stored = source.read(name) if name in source else None
+        stored = source.read(name, whole(source.shapes[name])) if name in source.shapes else None
         result.add(name, tensor, stored, digest=platform.is_rank_zero())
-    table = bridge.model_bridge.mapping_registry()
+    table = bridge.weight_table()
     tied = {tie.name for tie in table.tied}
-    result.differing += [name for name in source if name not in seen and name not in tied and not table.ignores(name)]
+    result.differing += [
+        name for name in source.shapes if name not in seen and name not in tied and not table.ignores(name)
+    ]
     return result
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron.bridge.conversion.hf import HFSource, HFWeights
+    from megatron.bridge.conversion.low_bit.source import Decoding
 
 
 class StoredWeights(Protocol):
@@ -55,20 +56,24 @@ def open_weights(source: "HFSource", dtype: "torch.dtype") -> StoredWeights:
     if config is not None:
         from megatron.bridge.conversion.low_bit.source import LowBitSource
 
-        weights = LowBitSource(folder, _decoder(config, source)(folder, config, source.path_or_id), dtype)
+        weights = LowBitSource(folder, _decoding(folder, config, source), dtype)
     _refuse_undecoded(weights, source)
     return weights
 
 
 def quantization_config(source: "HFSource") -> Mapping[str, Any] | None:
     """What the folder's `config.json` says about low-bit weights; None for a model in full precision."""
-    stated = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    for holder in (stated, stated.get("text_config") or {}):
-        for name in QUANTIZATION_KEYS:
-            if found := holder.get(name):
-                if not isinstance(found, dict):
-                    raise BridgeError(f"{source.path_or_id}: {name} in config.json is no table but {found!r}")
-                return found
+    path = source.folder / "config.json"
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BridgeError(f"{path} cannot be read as a model configuration: {error}") from error
+    parts = [stated, stated.get("text_config")] if isinstance(stated, dict) else []
+    for part, name in ((part, name) for part in parts if isinstance(part, dict) for name in QUANTIZATION_KEYS):
+        if found := part.get(name):
+            if not isinstance(found, dict):
+                raise BridgeError(f"{path}: {name} is no table but {found!r}")
+            return found
     return None
 
 
@@ -76,22 +81,28 @@ def quantization_config(source: "HFSource") -> Mapping[str, Any] | None:
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
-def _decoder(config: Mapping[str, Any], source: "HFSource") -> Callable[..., Any]:
+def _decoding(folder: FolderSource, config: Mapping[str, Any], source: "HFSource") -> "Decoding":
     from megatron.bridge.conversion.low_bit import compressed_tensors, fp8, mxfp4
 
-    methods = {
+    methods: dict[Any, Callable[..., Decoding]] = {
         "fp8": fp8.decoding,
         "mxfp4": mxfp4.decoding,
         "compressed-tensors": compressed_tensors.decoding,
     }
     method = config.get("quant_method")
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise BridgeError(
             f"{source.path_or_id} holds weights quantised by {method!r} (quantization_config in config.json); only "
             f"{', '.join(methods)} are read. Convert the original checkpoint, or load this one in "
             "transformers, call model.dequantize() and save_pretrained() to a new folder"
         )
-    return methods[method]
+    try:
+        return methods[method](folder, config, source.path_or_id)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BridgeError(
+            f"{source.path_or_id}: quantization_config in config.json cannot be understood "
+            f"({type(error).__name__}: {error}): {dict(config)}; fetch config.json again"
+        ) from error
 
 
 def _refuse_undecoded(weights: StoredWeights, source: "HFSource") -> None:

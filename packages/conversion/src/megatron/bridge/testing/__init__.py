@@ -4,9 +4,11 @@ from megatron.bridge.platform.engine import import_engine
 from megatron.bridge.platform.launch import RankFailed, run_ranks
 from megatron.bridge.testing.families import FamilyMismatch, check_family
 from megatron.bridge.testing.hf_models import random_model, save_random_model
+from megatron.bridge.testing.live_bytes import LiveBytes
 
 __all__ = [
     "FamilyMismatch",
+    "LiveBytes",
     "RankFailed",
     "check_family",
     "import_engine",

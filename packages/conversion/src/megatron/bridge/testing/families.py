@@ -6,6 +6,7 @@ def test_my_family():
     check_family(MyConfig(hidden_size=64, ...))
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ class FamilyCase:
         weights: what the folder's files hold.
         tokens: token ids [batch, sequence].
         logits: transformers' logits of `tokens`, [batch, sequence, vocabulary].
+        inputs: per row, what the model takes besides tokens.
     """
 
     name: str
@@ -57,24 +59,29 @@ class FamilyCase:
     weights: "Mapping[str, torch.Tensor]"
     tokens: "torch.Tensor"
     logits: "torch.Tensor"
+    inputs: "Sequence[Mapping[str, torch.Tensor]]" = ()
 
 
 def family_case(config: "PretrainedConfig", folder: Path, name: str | None = None, length: int = 24) -> FamilyCase:
-    """Save a random model of `config` to `folder`, with transformers' answer to two random rows of tokens.
+    """Save a random model of `config` to `folder`, with transformers' answer to two random rows.
+
+    The rows hold images besides tokens where the model sees them.
 
     Args:
         config: of a model that is small enough for a test, in float32.
         folder: where to save it.
         name: for messages; None takes the configuration's class.
-        length: tokens per row.
+        length: tokens per row of text.
     """
-    import torch
-
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.probes import probe
     from megatron.bridge.conversion.reference import logits_of
 
     weights = save_random_model(config, folder)
-    tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
-    return FamilyCase(name or type(config).__name__, folder, weights, tokens, logits_of(random_model(config), tokens))
+    reference = random_model(config)
+    given = probe(AutoBridge.from_hf_pretrained(folder).model_bridge, reference, length, seed=3)
+    logits = logits_of(reference, given.tokens, given.inputs)
+    return FamilyCase(name or type(config).__name__, folder, weights, given.tokens, logits, given.inputs)
 
 
 def check_family(
@@ -163,7 +170,7 @@ def _compare_in_rank(
     for case in cases:
         bridge = AutoBridge.from_hf_pretrained(case.folder)
         model = bridge.to_megatron_model(**layout, layer_spec=layer_spec)
-        logits = megatron_logits(model, case.tokens)[..., : case.logits.shape[-1]]
+        logits = megatron_logits(model, case.tokens, case.inputs)[..., : case.logits.shape[-1]]
         found[case.name] = relative_difference(logits, case.logits)
         expect_same_weights(case, bridge.export_hf_weights(model))
     return found
@@ -218,15 +225,17 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.entries import base_name
     from megatron.bridge.conversion.plan import PlanError
-    from megatron.bridge.conversion.table import WeightTable
+    from megatron.bridge.conversion.table import TREE
 
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     model = bridge.to_megatron_model(load_weights=False)
     before = [parameter.clone() for parameter in model[0].parameters()]
     table = bridge.model_bridge.mapping_registry()
-    first = {item.rule.megatron: item for item in reversed(bridge.get_conversion_tasks(model).plan.items)}
+    first = {
+        item.rule.tree or item.rule.megatron: item for item in reversed(bridge.get_conversion_tasks(model).plan.items)
+    }
     for rule in (rule for rule in table.rules if rule.megatron in first):
-        rest = WeightTable(tuple(other for other in table.rules if other is not rule), table.tied, table.ignored)
+        rest = dataclasses.replace(table, rules=tuple(other for other in table.rules if other is not rule))
         bridge.model_bridge.mapping_registry = lambda rest=rest: rest  # type: ignore[method-assign, misc]
         try:
             bridge.load_hf_weights(model)
@@ -235,7 +244,8 @@ def refuse_without_any_rule(case: FamilyCase) -> int:
         else:
             raise FamilyMismatch(f"{case.name}: the import went through without the rule for {rule.megatron}")
         item = first[rule.megatron]
-        unnamed = [name for name in (item.megatron, *map(base_name, item.hf)) if name not in message]
+        names = (rule.megatron, *rule.hf_names) if rule.is_tree else (item.megatron, *map(base_name, item.hf))
+        unnamed = [name for name in names if name.removesuffix(TREE) not in message]
         if unnamed:
             raise FamilyMismatch(f"{case.name}: without its rule, {', '.join(unnamed)} is not named in: {message}")
     if not all(torch.equal(old, new) for old, new in zip(before, model[0].parameters(), strict=True)):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1) -> "PreTrainedModel":
-    """A model of `config` (of its architecture, else a causal language model) in which no weight has a special value.
+    """A model of `config` (of its architecture, else of its kind) in which no weight has a special value.
 
     Freshly made norms are all ones and biases all zeros, and a conversion could mix those up unseen.
 
@@ -26,6 +26,9 @@ def random_model(config: "PretrainedConfig", seed: int = 0, spread: float = 0.1)
     build = model_class(config)
     model: PreTrainedModel = build._from_config(config) if hasattr(build, "_from_config") else build.from_config(config)
     model.eval()
+    if config.model_type == "mt5" or not getattr(config, "scale_decoder_outputs", True):
+        # transformers makes these with tied output layers; in every published one it is a weight of its own.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))

@@ -23,6 +23,7 @@ EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
     "ep2": {EP: 2},
     "etp2": {ETP: 2},
     "tp2ep2": {TP: 2, EP: 2},
+    "tp2etp1": {TP: 2, ETP: 1},
     "tp2ep2etp1": {TP: 2, EP: 2, ETP: 1},
     "pp2ep2": {PP: 2, EP: 2},
     "ep4": {EP: 4},

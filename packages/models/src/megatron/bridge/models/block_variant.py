@@ -14,14 +14,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.attention_beside_mamba import with_mamba
 from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.moe_layer import VariantMoELayer
 from megatron.bridge.models.layer_specs.norms import ProjectionNorm, RowParallelLinearWithNorm, torch_norm
 from megatron.bridge.models.layer_specs.routers import VariantRouter
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
+from megatron.bridge.models.layer_specs.sinusoids import Waves
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 from megatron.bridge.models.layer_specs.xielu import mlp_with_xielu
+from megatron.bridge.models.mamba_beside_attention import MambaBesideAttention
 
 type Builder = Callable[..., Any]
 
@@ -40,13 +43,20 @@ class BlockVariant:
             the same with weights per head (`heads`); or the whole `projection`.
         qk_norm_after_rope: the norm of queries and keys follows the rotation.
         query_temperature: (beta, positions): a query at position p is multiplied by 1 + beta * log(1 + p // positions).
+        query_temperature_start: the first token's position p.
+        query_temperature_layers: where that is not so in all layers: 1 for those where it is, 0 for the others.
+        qk_l2_norm_layers: queries and keys get an RMS norm without weights, behind the rotation: 1 or 0 per layer.
+        attention_chunks: per layer, how many tokens make a chunk, before which its queries see nothing; None: no chunk.
         attention_softcap: scores s become cap * tanh(s / cap).
         embedding_multiplier: factor on the token embeddings, rounded to their dtype.
         trained_activation: the MLP's activation has parameters of its own (`xielu`); `activation_func` is then unused.
         embedding_norm: a norm on the embeddings.
+        sinusoidal_positions: fixed waves as absolute positions, of this kind; `position_embedding_type` is then `none`.
         position_offset: rows of learned positions that are never looked up; position p has row p + offset.
         alibi_slopes: per head of the model, the penalty of a score per position between query and key.
         residual_multiplier: factor on what attention and the MLP add to the residual.
+        mlp_multiplier: a further factor on what the MLP gives.
+        mamba_beside_attention: a Mamba-2 mixer reads what attention reads, and what both give is added up.
         logits_multiplier: factor on the logits.
         logits_softcap: logits l become cap * tanh(l / cap).
         rotary_reversed: queries and keys turn the other way round.
@@ -54,9 +64,14 @@ class BlockVariant:
         routing: how a mixture of experts chooses and weighs them, where Megatron-Core has no switch for it: a name in
             `ROUTING_RULES`.
         routing_eps: what that rule makes of it.
+        routing_bias: that rule has a bias per expert, which takes part in the choice only and is not trained.
+        router_fp32: the router's weight is in fp32, whatever the model's dtype.
         moe_multiplier: factor on what a mixture of experts gives.
         latent_norm_epsilon: epsilon of the norms on multi-latent attention's latents (None: as other norms').
         group_ranking: groups of experts are ranked by this many of their best experts (None: Megatron-Core's way).
+        mrope_interleaved: time, height and width of `mrope` take turns along the channels.
+        block_attention: tokens of a block see each other in both directions; the attention mask gives each token's
+            block [batch, 1, 1, sequence], negative for those in none.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
     """
 
@@ -69,22 +84,33 @@ class BlockVariant:
     qk_norm_over: Literal["channels", "heads", "projection"] = "channels"
     qk_norm_after_rope: bool = False
     query_temperature: tuple[float, int] | None = None
+    query_temperature_start: int = 0
+    query_temperature_layers: list[int] | None = None
+    qk_l2_norm_layers: list[int] | None = None
+    attention_chunks: list[int | None] | None = None
     attention_softcap: float | None = None
     embedding_multiplier: float = 1.0
     trained_activation: Literal["xielu"] | None = None
     embedding_norm: bool = False
+    sinusoidal_positions: Waves | None = None
     position_offset: int = 0
     alibi_slopes: list[float] | None = None
     residual_multiplier: float = 1.0
+    mlp_multiplier: float = 1.0
+    mamba_beside_attention: MambaBesideAttention | None = None
     logits_multiplier: float = 1.0
     logits_softcap: float | None = None
     rotary_reversed: bool = False
     output_bias: bool = False
-    routing: Literal["sparsemixer", "biased_softmax", "sigmoid"] | None = None
+    routing: Literal["sparsemixer", "softmax", "sigmoid", "normalised_sigmoid"] | None = None
     routing_eps: float = 0.0
+    routing_bias: bool = False
+    router_fp32: bool = False
     moe_multiplier: float = 1.0
     latent_norm_epsilon: float | None = None
     group_ranking: int | None = None
+    mrope_interleaved: bool = False
+    block_attention: bool = False
     layer_rope_parameters: list[dict[str, Any]] | None = None
 
 
@@ -112,7 +138,8 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
 def is_plain(variant: BlockVariant) -> bool:
     """Whether the layers are Megatron-Core's own."""
     of_the_model = {"embedding_multiplier", "logits_multiplier", "logits_softcap", "output_bias"}
-    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "group_ranking"}
+    of_the_model |= {"embedding_norm", "position_offset", "rotary_reversed", "group_ranking", "sinusoidal_positions"}
+    of_the_model |= {"mrope_interleaved"}
     fields = [field for field in dataclasses.fields(BlockVariant) if field.name not in of_the_model]
     return all(getattr(variant, field.name) == field.default for field in fields)
 
@@ -122,6 +149,8 @@ def _layer(
 ) -> TransformerLayerSubmodules:
     if layer.input_layernorm is IdentityOp and (variant.parallel_block or not variant.pre_norm):
         raise _needs_torch("a parallel block, or no norms before attention and MLP; norms are part of the projections")
+    if layer.input_layernorm is IdentityOp and variant.mamba_beside_attention is not None:
+        raise _needs_torch("a Mamba mixer that reads attention's norm; norms are part of the projections")
     norms = [_norm(norm, variant) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     if not variant.pre_norm:
         norms = [IdentityOp, IdentityOp]
@@ -138,9 +167,9 @@ def _layer(
         mlp = _mixture(mlp, variant)
     if variant.trained_activation is not None:
         mlp = functools.partial(mlp_with_xielu, mlp.func, *mlp.args, **mlp.keywords)
-    if variant.residual_multiplier != 1.0:
-        bdas = [_scaled(bda, variant.residual_multiplier) for bda in bdas]
-    return dataclasses.replace(
+    factors = variant.residual_multiplier, variant.residual_multiplier * variant.mlp_multiplier
+    bdas = [bda if factor == 1.0 else _scaled(bda, factor) for bda, factor in zip(bdas, factors, strict=True)]
+    changed = dataclasses.replace(
         layer,
         input_layernorm=norms[0],
         pre_mlp_layernorm=norms[1],
@@ -149,12 +178,20 @@ def _layer(
         self_attn_bda=bdas[0],
         mlp_bda=bdas[1],
     )
+    beside = variant.mamba_beside_attention
+    return changed if beside is None else with_mamba(changed, beside)
 
 
 def _mixture(part: Any, variant: BlockVariant) -> Any:
     """The mixture of experts' `partial` with the variant's router and what stands behind the experts."""
-    if variant.routing is not None:
-        router = functools.partial(VariantRouter, rule=variant.routing, eps=variant.routing_eps)
+    if variant.routing is not None or variant.router_fp32:
+        router = functools.partial(
+            VariantRouter,
+            rule=variant.routing,
+            eps=variant.routing_eps,
+            bias=variant.routing_bias,
+            fp32=variant.router_fp32,
+        )
         part = _changed(part, router=lambda builder: router)
     if not variant.post_norm and variant.moe_multiplier == 1.0:
         return part
@@ -176,15 +213,24 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
     if variant.attention_softcap is not None:
         params["softcap"] = variant.attention_softcap
     if variant.query_temperature is not None:
-        params["temperature"] = variant.query_temperature
+        params |= {
+            "temperature": variant.query_temperature,
+            "temperature_start": variant.query_temperature_start,
+            "temperature_layers": variant.query_temperature_layers,
+        }
+    if variant.qk_l2_norm_layers is not None:
+        params["l2_norm_layers"] = variant.qk_l2_norm_layers
+    if variant.attention_chunks is not None:
+        params["chunks"] = variant.attention_chunks
     if variant.alibi_slopes is not None:
         params["slopes"] = tuple(variant.alibi_slopes)
+    if variant.block_attention:
+        params["blocks"] = True
     if variant.qk_norm_after_rope:
         params["norm"] = functools.partial(torch_norm, weight=variant.norm_weight, bias=variant.norm_bias)
         part = _changed(part, q_layernorm=lambda builder: IdentityOp, k_layernorm=lambda builder: IdentityOp)
-    elif variant.latent_norm_epsilon is not None:
-        names = [name for name in ("q_layernorm", "kv_layernorm") if getattr(part.submodules, name) is not IdentityOp]
-        part = _changed(part, **{name: _with_epsilon(variant.latent_norm_epsilon) for name in names})
+    elif config.multi_latent_attention:
+        part = _with_latent_epsilon(part, variant.latent_norm_epsilon)
     elif config.qk_layernorm and variant.qk_norm_over != "channels":
         heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         over = functools.partial(ProjectionNorm, whole=variant.qk_norm_over == "projection")
@@ -197,17 +243,20 @@ def _attention(part: Any, config: TransformerConfig, variant: BlockVariant) -> A
     return _changed(part, core_attention=lambda core: _core_attention(core, params)) if params else part
 
 
-def _with_epsilon(epsilon: float) -> Builder:
-    def change(norm: Any) -> Builder:
-        if norm is not torch_norm:
-            raise _needs_torch(f"norms on latents with an epsilon of their own ({epsilon})")
-        return lambda *args, **kwargs: norm(*args, **{**kwargs, "eps": epsilon})
+def _with_latent_epsilon(part: Any, epsilon: float | None) -> Any:
+    if epsilon is None:
+        return part
 
-    return change
+    def change(norm: Any) -> Builder:
+        if norm not in (torch_norm, IdentityOp):
+            raise _needs_torch(f"norms on latents with an epsilon of their own ({epsilon})")
+        return norm if norm is IdentityOp else lambda *args, **kwargs: norm(*args, **{**kwargs, "eps": epsilon})
+
+    return _changed(part, q_layernorm=change, kv_layernorm=change)
 
 
 def _core_attention(builder: Any, params: dict[str, Any]) -> ModuleSpec:
-    if builder is not SDPAttention:
+    if builder not in (SDPAttention, VariantAttention):
         raise _needs_torch(f"attention with {', '.join(params)}")
     return ModuleSpec(module=VariantAttention, params=params)
 

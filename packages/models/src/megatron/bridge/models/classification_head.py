@@ -28,7 +28,7 @@ class ClassificationHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(labels, dtype=config.params_dtype)) if bias else None
         self.dropout = dropout
         self.sequence_parallel = config.sequence_parallel
-        if config.perform_initialization and config.init_method is not None:
+        if config.init_method is not None:  # small enough to be initialised where weights are loaded, too
             config.init_method(self.weight)
         for parameter in self.parameters():
             # Each rank then sees some of the tokens; Megatron-Core adds up the gradients of what is marked so.

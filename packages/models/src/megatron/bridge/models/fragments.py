@@ -49,6 +49,7 @@ class HFNames:
     attention_output: str = "self_attn.o_proj"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
     fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     fc2: str = "mlp.down_proj"
     conv1d: bool = False
@@ -174,6 +175,12 @@ def attention(
         for part, name in (("q", names.q_norm), ("k", names.k_norm)):
             rules += [WeightRule(f"{place}.{part}_layernorm.{kind}", f"{hf}.{name}.{kind}") for kind in qk_norm_kinds]
     return rules
+
+
+def sinks(names: HFNames = LLAMA_NAMES) -> list[WeightRule]:
+    """The sink of each query head: a score that takes its part of the softmax and gives nothing."""
+    own = f"{_LAYER}.self_attention.core_attention.softmax_offset"
+    return [WeightRule(own, f"{names.layer}.{names.sinks}", shard=COLUMN)]
 
 
 def gated_mlp(*, bias: bool = False, names: HFNames = LLAMA_NAMES) -> list[WeightRule]:

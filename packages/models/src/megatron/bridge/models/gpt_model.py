@@ -12,6 +12,7 @@ from megatron.bridge.models.block_variant import BlockVariant
 from megatron.bridge.models.expert_groups import rank_groups
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.norms import torch_norm
+from megatron.bridge.models.layer_specs.sinusoids import SinusoidalPositions, Waves
 
 
 class BridgeLanguageModel(LanguageModule):
@@ -31,19 +32,32 @@ class BridgeLanguageModel(LanguageModule):
         self.logits_multiplier, self.logits_softcap = variant.logits_multiplier, variant.logits_softcap
         # What the configuration calls positions are those that can be looked up.
         self.max_position_embeddings -= variant.position_offset
-        if self.pre_process and variant.embedding_multiplier != 1.0:
+        # The stage of prediction layers has an embedding too.
+        embeds = hasattr(self, "embedding")
+        if embeds and variant.embedding_multiplier != 1.0:
             self.embedding.word_embeddings.register_forward_hook(_Multiplier(variant.embedding_multiplier))
-        if self.pre_process and variant.position_offset:
+        if embeds and variant.sinusoidal_positions is not None:
+            self._add_sinusoids(variant.sinusoidal_positions)
+        if embeds and variant.position_offset:
             self.embedding.position_embeddings.register_forward_pre_hook(_Offset(variant.position_offset))
-        if self.pre_process and variant.embedding_norm:
+        if embeds and variant.embedding_norm:
             self._add_embedding_norm(variant)
+        if self.share_embeddings_and_output_weights and self.post_process and embeds:
+            # Megatron-Core makes one all the same for prediction layers on a stage behind the first, and never uses it.
+            self.output_layer.weight = None
         if self.post_process and variant.output_bias:
             self._add_output_bias()
         if variant.group_ranking is not None:
             rank_groups(self, variant.group_ranking)
-        for layer in self.decoder.layers:
+        for layer in self.modules():
             if isinstance(layer, VariantLayer):
                 layer.parallel = variant.parallel_block
+
+    def _add_sinusoids(self, waves: Waves) -> None:
+        place = self.embedding.word_embeddings.weight
+        positions = SinusoidalPositions(self.max_sequence_length, self.config.hidden_size, waves)
+        self.embedding.position_embeddings = positions.to(place.device, place.dtype)
+        self.embedding.add_position_embedding = True
 
     def _add_output_bias(self) -> None:
         rows = self.output_layer.output_size_per_partition

@@ -28,7 +28,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         make_vocab_size_divisible_by: each tensor-parallel rank's share of the vocabulary is a multiple of this. Padded
             rows are never exported and take no part in the loss.
         seq_length: longest training sequence, in tokens.
-        position_embedding_type: `rope`, `learned_absolute` or `none`.
+        position_embedding_type: `rope`, `mrope` (positions in time, height and width), `learned_absolute` or `none`.
         rotary_base, rotary_percent: RoPE's base and the share of each head that it turns.
         rope_parameters: a Hugging Face `rope_parameters` dictionary when RoPE is scaled (llama3, yarn, linear, dynamic,
             longrope); None for plain RoPE.
@@ -95,7 +95,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             raise BridgeError("the model cannot be built as configured:\n  " + "\n  ".join(problems))
         values = {f.name: getattr(self, f.name) for f in fields(self.config_class) if f.init}
         if values["pipeline_dtype"] is None:
-            values["pipeline_dtype"] = self.params_dtype
+            values["pipeline_dtype"] = torch.float32 if self.fp32_residual_connection else self.params_dtype
         if self.virtual_pipeline_model_parallel_size is not None:
             # As Megatron-LM sets them: batched messages between two stages mix up the micro-batches of virtual stages.
             values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -116,15 +116,18 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             vp_stage: virtual pipeline stage, or None without virtual stages.
         """
         from megatron.bridge.models.biases import with_biases
+        from megatron.bridge.models.layer_specs.prediction import prediction_block
 
         config, build = self.transformer_config(), self._model_class()
         layer_spec = self.layer_spec or default_layer_spec()
         spec = LAYER_SPECS[layer_spec](config, vp_stage=vp_stage)
         spec = with_variant(spec, config, self)
         spec = with_biases(spec, config, self.add_attention_output_bias, self.add_mlp_bias)
+        engine = layer_spec == "transformer_engine"
         model = build(
             config=config,
             transformer_layer_spec=spec,
+            mtp_block_spec=prediction_block(spec, config, engine=engine, vp_stage=vp_stage),
             **self._model_arguments(pre_process, post_process, vp_stage),
         )
         return self._finished(model, layer_spec)
@@ -175,12 +178,21 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
 
     def _turn_positions(self, model: Any) -> None:
         """Replace the model's plain RoPE where it is scaled, or differs between layers."""
-        from megatron.bridge.models.rotary import apply_layer_rope_parameters, apply_rope_parameters
+        from megatron.bridge.models.rotary import (
+            apply_layer_rope_parameters,
+            apply_multimodal_rope,
+            apply_rope_parameters,
+        )
 
         positions = self.max_position_embeddings or self.seq_length
         if self.rotary_reversed and (self.rope_parameters or self.layer_rope_parameters):
             raise BridgeError("rotary_reversed=True goes with plain RoPE only; set rope_parameters to None")
-        if self.layer_rope_parameters is not None:
+        if self.layer_rope_parameters is not None and self.mtp_num_layers:
+            raise BridgeError("mtp_num_layers: layer_rope_parameters does not say how prediction layers turn")
+        if self.position_embedding_type == "mrope":
+            plain = {"rope_type": "default", "rope_theta": self.rotary_base}
+            apply_multimodal_rope(model, self.rope_parameters or plain, positions, interleaved=self.mrope_interleaved)
+        elif self.layer_rope_parameters is not None:
             apply_layer_rope_parameters(model, self.layer_rope_parameters, positions)
         elif self.rope_parameters is not None:
             apply_rope_parameters(model, self.rope_parameters, positions)

@@ -25,9 +25,17 @@ def moe_post_norm(hf: str = "model.layers.{l}.post_feedforward_layernorm") -> li
     return [WeightRule(f"{_MLP}.post_layernorm.weight", f"{hf}.weight")]
 
 
-def router(hf: str = f"{_HF_MLP}.gate", *, selection_bias: str | None = None) -> list[WeightRule]:
-    """The router; `selection_bias` names the bias that takes part in choosing experts only, and is kept in fp32."""
-    rules = [WeightRule(f"{_MLP}.router.weight", f"{hf}.weight")]
+def router(
+    hf: str = f"{_HF_MLP}.gate", *, selection_bias: str | None = None, keeps_dtype: bool = False
+) -> list[WeightRule]:
+    """The router.
+
+    Args:
+        hf: the module.
+        selection_bias: names the bias that takes part in choosing experts only, and is kept in fp32.
+        keeps_dtype: so is the router's weight.
+    """
+    rules = [WeightRule(f"{_MLP}.router.weight", f"{hf}.weight", keeps_dtype=keeps_dtype)]
     if selection_bias is not None:
         rules.append(WeightRule(f"{_MLP}.router.expert_bias", selection_bias, keeps_dtype=True))
     return rules

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
@@ -64,6 +64,26 @@ def apply_layer_rope_parameters(
     for layer in model.decoder.layers:
         layer.rope_kind = kinds.index(layer_parameters[layer.layer_number - 1])
         layer.self_attention._yarn_concentration_factor = frequencies[layer.rope_kind].attention_factor
+
+
+def apply_multimodal_rope(
+    model: Any, rope_parameters: dict[str, Any], max_position_embeddings: int, *, interleaved: bool
+) -> None:
+    """Replace the frequencies of a model whose positions are in time, height and width.
+
+    Args:
+        model: a GPT model chunk with `position_embedding_type="mrope"`.
+        rope_parameters, max_position_embeddings: as for `apply_rope_parameters`.
+        interleaved: time, height and width take turns along the channels, instead of one section after another.
+    """
+    size, percent = model.config.kv_channels, model.rotary_percent
+    frequencies = _ScaledFrequencies(rope_parameters, max_position_embeddings, size, percent)
+    if frequencies.rope_type in _BY_LENGTH:
+        raise BridgeError(f"rope_type {frequencies.rope_type!r} does not go with positions in time, height and width")
+    model.rotary_pos_emb = _MultimodalRotaryEmbedding(model.rotary_pos_emb, frequencies, interleaved)
+    for module in model.modules():
+        if hasattr(module, "_yarn_concentration_factor"):
+            module._yarn_concentration_factor = frequencies.attention_factor
 
 
 def apply_latent_rope_parameters(model: Any, rope_parameters: dict[str, Any], max_position_embeddings: int) -> None:
@@ -139,6 +159,37 @@ class _ScaledRotaryEmbedding(RotaryEmbedding):
         if self._frequencies.rope_type in _BY_LENGTH:
             self.inv_freq = self._frequencies.for_length(max_seq_len)[0].to(self.inv_freq.device)
         return super().get_emb(max_seq_len, offset)
+
+
+class _MultimodalRotaryEmbedding(MultimodalRotaryEmbedding):
+    """Megatron-Core's, over any frequencies, its sections side by side or interleaved."""
+
+    def __init__(self, plain: MultimodalRotaryEmbedding, frequencies: _ScaledFrequencies, interleaved: bool) -> None:
+        nn.Module.__init__(self)
+        self.rotary_interleaved, self.seq_len_interpolation_factor = plain.rotary_interleaved, None
+        self.cp_group = plain.cp_group
+        self.inv_freq = frequencies.for_length(None)[0].to(plain.inv_freq.device)
+        self.interleaved = interleaved
+
+    def forward(self, position_ids: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
+        """`[sequence, batch, 1, size]` of positions `[3, batch, sequence]`."""
+        angles = position_ids[..., None].to(self.inv_freq) * self.inv_freq
+        mixed = (_taking_turns if self.interleaved else _in_sections)(angles, mrope_section)
+        # Channels that turn together stand next to each other, or half a head apart.
+        both = mixed.repeat_interleave(2, -1) if self.rotary_interleaved else torch.cat((mixed, mixed), -1)
+        return both.transpose(0, 1)[:, :, None]
+
+
+def _taking_turns(angles: Tensor, sections: list[int]) -> Tensor:
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        turn = slice(axis, 3 * sections[axis], 3)
+        mixed[..., turn] = angles[axis][..., turn]
+    return mixed
+
+
+def _in_sections(angles: Tensor, sections: list[int]) -> Tensor:
+    return torch.cat([part[index % 3] for index, part in enumerate(angles.split(sections, -1))], -1)
 
 
 class _RotaryEmbeddingWithFactor(_ScaledRotaryEmbedding):

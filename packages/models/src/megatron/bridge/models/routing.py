@@ -95,18 +95,27 @@ def biased_softmax_routing(topk: int, *, least_sum: float) -> dict[str, Any]:
     return {
         **softmax_routing(topk, normalised=False),
         "moe_router_dtype": "fp32",
-        "routing": "biased_softmax",
+        "routing": "softmax",
         "routing_eps": float(least_sum),
+        "routing_bias": True,
     }
 
 
-def sigmoid_of_chosen(topk: int, *, normalised: bool) -> dict[str, Any]:
-    """Provider fields of the `topk` largest logits' sigmoids, normalised to sum to one or not."""
-    if normalised == (topk > 1):
-        return {"moe_router_score_function": "sigmoid", "moe_router_topk": topk}
-    if normalised:
+def sigmoid_of_chosen(topk: int, *, normalised: bool, bias: bool = False) -> dict[str, Any]:
+    """Provider fields of the `topk` largest logits' sigmoids.
+
+    Args:
+        topk: experts per token.
+        normalised: whether they are divided by their sum.
+        bias: whether a bias per expert is added to the logits for the choice; training leaves it as it is.
+    """
+    if normalised and topk == 1:
         raise BridgeError("routing: one expert per token with normalised weights gives every expert the weight 1")
-    return {**softmax_routing(topk, normalised=False), "routing": "sigmoid"}
+    fields = {"moe_router_dtype": "fp32"}
+    if not bias and normalised == (topk > 1):
+        return {**fields, "moe_router_score_function": "sigmoid", "moe_router_topk": topk}
+    rule = "normalised_sigmoid" if normalised else "sigmoid"
+    return {**fields, **softmax_routing(topk, normalised=False), "routing": rule, "routing_bias": bias}
 
 
 def balancing(coefficient: float | None) -> dict[str, Any]:

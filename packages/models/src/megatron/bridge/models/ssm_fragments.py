@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
-from megatron.bridge.conversion.shards import COLUMN, ROW, Blocks
+from megatron.bridge.conversion.shards import COLUMN, ROW, NamedBlocks
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.conversion.transforms import GatherRows
+from megatron.bridge.models.fragments import WEIGHT_AND_BIAS
 
 _LAYER = "decoder.layers.{l}"
 
 
-def mamba2(hf: str, *, heads: int, channels: int, groups: int, state: int, norm: bool = True) -> list[WeightRule]:
+def mamba2(
+    hf: str, *, heads: int, channels: int, groups: int, state: int, norm: bool = True, place: str = "mixer"
+) -> list[WeightRule]:
     """A Mamba-2 mixer. Both sides have the blocks z, x, B, C and dt in one projection, and x, B, C in the convolution.
 
     Args:
@@ -19,17 +22,32 @@ def mamba2(hf: str, *, heads: int, channels: int, groups: int, state: int, norm:
         groups: of heads, each with its own B and C.
         state: size of a head's state.
         norm: whether a norm stands before the last projection.
+        place: Megatron's name of the mixer in its layer.
     """
-    own, shared = f"{_LAYER}.mixer", groups * state
-    convolved = (channels, shared, shared)
+    own, shared = f"{_LAYER}.{place}", groups * state
+    convolved = NamedBlocks(0, (channels, shared, shared), ("x", "B", "C"))
+    projected = NamedBlocks(0, (channels, channels, shared, shared, heads), ("z", "x", "B", "C", "dt"))
     rules = [
-        WeightRule(f"{own}.in_proj.weight", f"{hf}.in_proj.weight", shard=Blocks(0, (channels, *convolved, heads))),
-        WeightRule(f"{own}.conv1d_weight", f"{hf}.conv1d.weight", shard=Blocks(0, convolved)),
-        WeightRule(f"{own}.conv1d_bias", f"{hf}.conv1d.bias", shard=Blocks(0, convolved)),
+        WeightRule(f"{own}.in_proj.weight", f"{hf}.in_proj.weight", shard=projected),
+        *(WeightRule(f"{own}.conv1d.{kind}", f"{hf}.conv1d.{kind}", shard=convolved) for kind in WEIGHT_AND_BIAS),
         *(WeightRule(f"{own}.{name}", f"{hf}.{name}", shard=COLUMN) for name in ("A_log", "D", "dt_bias")),
         WeightRule(f"{own}.out_proj.weight", f"{hf}.out_proj.weight", shard=ROW),
     ]
     return [*rules, WeightRule(f"{own}.norm.weight", f"{hf}.norm.weight", shard=COLUMN)] if norm else rules
+
+
+def mamba1(hf: str) -> list[WeightRule]:
+    """The first Mamba's mixer; tensor-parallel ranks have channels of their own."""
+    own = f"{_LAYER}.mixer"
+    return [
+        WeightRule(f"{own}.in_proj.weight", f"{hf}.in_proj.weight", shard=NamedBlocks(0, 2, ("x", "z"))),
+        *(WeightRule(f"{own}.conv1d.{kind}", f"{hf}.conv1d.{kind}", shard=COLUMN) for kind in WEIGHT_AND_BIAS),
+        WeightRule(f"{own}.x_proj_weight", f"{hf}.x_proj.weight", shard=ROW),
+        WeightRule(f"{own}.dt_proj_weight", f"{hf}.dt_proj.weight", shard=COLUMN),
+        WeightRule(f"{own}.dt_proj_bias", f"{hf}.dt_proj.bias", shard=COLUMN),
+        *(WeightRule(f"{own}.{name}", f"{hf}.{name}", shard=COLUMN) for name in ("A_log", "D")),
+        WeightRule(f"{own}.out_proj.weight", f"{hf}.out_proj.weight", shard=ROW),
+    ]
 
 
 # Megatron counts the norm before a layer's one part as belonging to the projection behind it.
@@ -59,10 +77,11 @@ def gated_delta_net(
         value_heads: of the model.
     """
     own, qkv = f"{_LAYER}.self_attention", (key_channels, key_channels, value_channels)
-    projected = Blocks(0, (*qkv, value_channels, value_heads, value_heads))
+    names = ("query", "key", "value")
+    projected = NamedBlocks(0, (*qkv, value_channels, value_heads, value_heads), (*names, "z", "beta", "alpha"))
     return [
         WeightRule(f"{own}.in_proj.weight", tuple(f"{hf}.{name}.weight" for name in inputs), runs, projected),
-        WeightRule(f"{own}.conv1d.weight", f"{hf}.conv1d.weight", shard=Blocks(0, qkv)),
+        WeightRule(f"{own}.conv1d.weight", f"{hf}.conv1d.weight", shard=NamedBlocks(0, qkv, names)),
         *(WeightRule(f"{own}.{name}", f"{hf}.{name}", shard=COLUMN) for name in ("A_log", "dt_bias")),
         WeightRule(f"{own}.out_norm.weight", f"{hf}.norm.weight"),
         WeightRule(f"{own}.out_proj.weight", f"{hf}.out_proj.weight", shard=ROW),

@@ -1,7 +1,7 @@
 """`T5ModelProvider`: everything that defines a T5 model, as one dataclass that can build it."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,11 +9,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.block_variant import BlockVariant
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.model_provider import PreWrapHook
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
 
 # What a decoder alone can have: field -> the one value that T5's blocks know.
 _ONLY: dict[str, Any] = {
     "position_embedding_type": "relative",
-    "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "context_parallel_size": 1,
     "num_moe_experts": None,
@@ -26,8 +29,6 @@ _ONLY: dict[str, Any] = {
     **{field.name: field.default for field in fields(BlockVariant)},
 }
 _REMEDIES: dict[str, str] = {
-    "pipeline_model_parallel_size": "Megatron-Core's schedules no longer send an encoder's output from stage to stage; "
-    "set it to 1 and raise tensor_model_parallel_size",
     "fp16": "T5's activations overflow in fp16; use bf16 or fp32",
 }
 
@@ -63,16 +64,52 @@ class T5ModelProvider(GPTModelProvider):
             for name, value in _ONLY.items()
             if getattr(self, name) != value
         ]
+        if self.pipeline_model_parallel_size not in (1, 2):
+            faults.append(
+                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size}: T5 has two stages at most, its "
+                "encoder and its decoder; set it to 1 or 2 and raise tensor_model_parallel_size"
+            )
         if self.layer_spec not in (None, "torch"):
             faults.append(f"layer_spec={self.layer_spec!r}: T5 is built from the modules of layer_spec='torch' only")
         if faults:
             raise BridgeError("T5 cannot be built as configured:\n  " + "\n  ".join(faults))
-        return super().transformer_config()
+        # Stages are the two stacks, whatever their numbers of layers.
+        config = GPTModelProvider.transformer_config(self.replace(pipeline_model_parallel_size=1))
+        config.pipeline_model_parallel_size = self.pipeline_model_parallel_size
+        config.perform_initialization &= not self._provides_initial_weights()
+        return config
+
+    def provide_distributed_model(
+        self,
+        ddp_config: "DistributedDataParallelConfig | None" = None,
+        wrap_with_ddp: bool = True,
+        pre_wrap_hook: PreWrapHook | None = None,
+        seed: int = 1234,
+    ) -> list[torch.nn.Module]:
+        """As `ModelProvider`'s.
+
+        Raises:
+            BridgeError: also training on two pipeline stages.
+        """
+        if wrap_with_ddp and self.pipeline_model_parallel_size > 1:
+            raise BridgeError(
+                "T5 is converted and run on two pipeline stages, but not trained: both hold the embedding, and "
+                "Megatron-Core would not keep its copies in step. Set pipeline_model_parallel_size=1 and raise "
+                "tensor_model_parallel_size, or pass wrap_with_ddp=False"
+            )
+        return super().provide_distributed_model(ddp_config, wrap_with_ddp, pre_wrap_hook, seed)
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> torch.nn.Module:
-        """The model, on this process's device; there is one pipeline stage."""
+        """The model, or on two pipeline stages the encoder or the decoder, on this process's device.
+
+        Args:
+            pre_process, post_process: hold the encoder, the decoder; None asks the pipeline stage.
+            vp_stage: None; T5 has no virtual stages.
+        """
+        from megatron.core import parallel_state
+
         from megatron.bridge.models.layer_specs.t5_spec import decoder_block, encoder_block
         from megatron.bridge.models.t5_model import BridgeT5Model
 
@@ -93,6 +130,8 @@ class T5ModelProvider(GPTModelProvider):
             relative_attention_num_buckets=self.relative_attention_num_buckets,
             relative_attention_max_distance=self.relative_attention_max_distance,
             scale_output=self.scale_output,
+            add_encoder=parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
+            add_decoder=parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
         )
         model.unpadded_vocab_size, model.layer_spec = self.vocab_size, "torch"
         return model

@@ -15,6 +15,7 @@ from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.newest_whole import newest_whole, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.random_state import random_state, restore_random_state
@@ -99,7 +100,7 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
     """
     if cfg.checkpoint.load is None:
         raise BridgeError("checkpoint.load is not set: there is nothing to load from")
-    folder = dist_checkpoint.resolve(cfg.checkpoint.load)
+    folder = newest_whole(cfg.checkpoint.load).folder
     common = dist_checkpoint.load_common(folder)
     if "iteration" not in common:
         raise BridgeError(
@@ -160,10 +161,14 @@ def restore(run: "RunState") -> None:
     Raises:
         BridgeError: see `load_checkpoint`.
     """
+    checkpoint = run.cfg.checkpoint
+    assert checkpoint.load is not None
+    found = newest_whole(checkpoint.load)
     run.progress = load_checkpoint(run.model, run.optimizer, run.scheduler, run.cfg)
-    assert run.cfg.checkpoint.load is not None
-    common = dist_checkpoint.load_common(dist_checkpoint.resolve(run.cfg.checkpoint.load))
-    run.logger_states = common.get("logger_states", {})
+    run.logger_states = dist_checkpoint.load_common(found.folder).get("logger_states", {})
+    run.notices += found.notices()
+    if checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve():
+        set_aside(found)
 
 
 def start_from(run: "RunState") -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.tokenizers.config import TokenizerConfig
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -32,6 +33,7 @@ __all__ = [
     "DistributedInitConfig",
     "GPTDatasetConfig",
     "LoggerConfig",
+    "MixedPrecisionConfig",
     "OptimizerConfig",
     "RNGConfig",
     "SchedulerConfig",
@@ -109,7 +111,10 @@ class CheckpointConfig:
         save_interval: steps between checkpoints; the last step is saved in any case.
         most_recent_k: how many of this run's newest checkpoints to keep; None keeps all. An older one goes only after a
             newer one was verified.
-        load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position.
+        save_retries: how often a save that failed is tried again, after a second, two, four, ...
+        go_on_without: whether training goes on after a save that failed for good; the last one of a run must not fail.
+        load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position. Under a
+            root the newest that is whole is taken, and what is wrong with newer ones is told.
         load_optim: restore optimizer and schedule too.
         load_rng: restore the random state too (where the parallel layout is the same).
         pretrained_checkpoint: checkpoint whose weights a fresh run starts from, e.g. made by `AutoBridge.import_ckpt`.
@@ -118,6 +123,8 @@ class CheckpointConfig:
     save: str | None = None
     save_interval: int | None = None
     most_recent_k: int | None = None
+    save_retries: int = 2
+    go_on_without: bool = False
     load: str | None = None
     load_optim: bool = True
     load_rng: bool = True
@@ -190,6 +197,7 @@ class ConfigContainer:
     Attributes:
         model: a model provider, e.g. from `AutoBridge.to_megatron_provider()`.
         dataset: a `DatasetProvider`.
+        mixed_precision: the precision by name; a plain name stands for a `MixedPrecisionConfig` of it.
     """
 
     model: Any
@@ -201,6 +209,7 @@ class ConfigContainer:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
 

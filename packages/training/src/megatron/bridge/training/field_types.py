@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
@@ -100,6 +101,14 @@ def checked_text(annotation: Any, text: str) -> Any:
         except ValueError:
             pass
         raise
+
+
+def schema_of(annotation: Any) -> dict[str, Any]:
+    """The JSON Schema of an annotation; empty where only Python can say the value."""
+    try:
+        return _adapter(annotation).json_schema()
+    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+        return {}
 
 
 def readable(annotation: Any) -> str:

@@ -33,7 +33,10 @@ def forward_step(
         return model(None, None, None, labels=None), _no_loss
     batch = {name: value.to(device(), non_blocking=True) for name, value in next(data_iterator).items()}
     batch = on_this_context_rank(batch)
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    # Prediction layers add up their losses by themselves.
+    masked = {"loss_mask": batch["loss_mask"]} if getattr(state.cfg.model, "mtp_num_layers", None) else {}
+    inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
+    output = model(*inputs, labels=batch["labels"], **masked)
     divided = context_ranks() > 1 and not state.cfg.model.calculate_per_token_loss
     return output, partial(context_parallel_loss if divided else masked_loss, batch["loss_mask"])
 

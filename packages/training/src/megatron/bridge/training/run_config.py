@@ -29,12 +29,13 @@ def described(section: Any) -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             found[field.name] = described(value)
-        elif not _is_default(field, value):
-            found[field.name] = _plain(value)
+        elif not is_default(field, value):
+            found[field.name] = plain(value)
     return found
 
 
-def _is_default(field: "dataclasses.Field[Any]", value: Any) -> bool:
+def is_default(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Whether a field has what its class gives it without being told."""
     if field.default is not dataclasses.MISSING:
         default = field.default
     elif field.default_factory is not dataclasses.MISSING:
@@ -44,7 +45,8 @@ def _is_default(field: "dataclasses.Field[Any]", value: Any) -> bool:
     return type(default) is type(value) and bool(default == value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON can hold it; types that they lack by name."""
     if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, enum.Enum):
@@ -52,9 +54,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(held) for key, held in value.items()}
+        return {str(key): plain(held) for key, held in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(held) for held in value]
+        return [plain(held) for held in value]
     if type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")
     name = getattr(value, "__qualname__", None)

@@ -40,6 +40,7 @@ class RunState:
         valid_dataset: the validation split, None when the run evaluates nothing.
         logger_states: what the loggers said of themselves in the last checkpoint.
         stop_requested: why a callback wants the run to end.
+        notices: what is to be told when the loop starts.
     """
 
     cfg: "ConfigContainer"
@@ -53,6 +54,7 @@ class RunState:
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
     logger_states: dict[str, dict[str, Any]] = field(default_factory=dict)
     stop_requested: str | None = None
+    notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def request_stop(self, why: str) -> None:

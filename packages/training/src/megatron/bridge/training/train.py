@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
-from megatron.bridge.training import checkpoint
 from megatron.bridge.training.evaluate import evaluate_and_print_results
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.reporter import Reporter
-from megatron.bridge.training.retention import forget_older
+from megatron.bridge.training.saving import save_or_go_on
 from megatron.bridge.training.state import TrainResult
 from megatron.bridge.training.step import train_step
 from megatron.bridge.training.stop import StopRequest
@@ -38,6 +37,8 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         Reporter(run.cfg, progress.iteration, platform.is_rank_zero(), run.logger_states) as reporter,
     ):
         run.train_data = [run.callbacks.watched(run, data) for data in run.train_data]
+        for notice in run.notices:
+            reporter.message(notice)
         run.callbacks.on_train_start(run)
         while progress.iteration < settings.train_iters and stopped_by is None:
             result = train_step(run, forward_step)
@@ -52,10 +53,7 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
             done = progress.iteration == settings.train_iters or stopped_by is not None
             if _saves(run) and (done or _due(run.cfg.checkpoint.save_interval, progress.iteration)):
                 run.logger_states = reporter.states()
-                saved = checkpoint.save(run)
-                reporter.message(f"checkpoint {saved}")
-                run.callbacks.on_save(run, saved)
-                forget_older(run.cfg.checkpoint)
+                saved = save_or_go_on(run, reporter, last=done) or saved
         with whole_parameters(run.model):
             pass  # the caller may go on to use the model
         if stopped_by is not None:

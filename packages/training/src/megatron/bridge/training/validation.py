@@ -10,6 +10,8 @@ from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iteratio
 from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
+from megatron.bridge.training.newest_whole import Found, newest_whole
 from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None) -> None:
         from megatron.bridge import platform
 
         world_size = platform.world_size()
+    try:
+        apply_precision(cfg)
+    except BridgeError as error:
+        raise ConfigError(str(error)) from error
     found = [problem for check in _CHECKS for problem in check(cfg)]
     found += _layout_problems(cfg, world_size)
     if found:
@@ -249,12 +255,12 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
-    start = None
+    start: Found | None = None
     for name in ("load", "pretrained_checkpoint"):
         path = getattr(checkpoint, name)
         if path is not None:
             try:
-                start = resolve(path)
+                start = newest_whole(path) if name == "load" else Found(resolve(path), {})
             except BridgeError as error:
                 yield f"checkpoint.{name}: {error}"
     if checkpoint.save is not None:
@@ -280,11 +286,12 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 
 
-def _save_folder(save: Path, resumed: Path | None) -> Iterator[str]:
+def _save_folder(save: Path, resumed: "Found | None") -> Iterator[str]:
     """A run never writes over another run's checkpoints, and says so before the first step, not after the last."""
     ahead = saved_iterations(save)
-    if resumed is not None and resumed.parent.resolve() == save.resolve():
-        ahead = [iteration for iteration in ahead if iteration > saved_iteration(resumed)]
+    if resumed is not None and resumed.folder.parent.resolve() == save.resolve():
+        set_aside = {saved_iteration(folder) for folder in resumed.damaged}
+        ahead = [number for number in ahead if number > saved_iteration(resumed.folder) and number not in set_aside]
     if ahead:
         yield (
             f"checkpoint.save={str(save)!r} already holds iteration {ahead[-1]}; resume from it with "
@@ -299,4 +306,4 @@ def saved_iteration(folder: Path) -> int:
     return iteration_of(folder) or 0
 
 
-_CHECKS = (_sizes, _model, _optimizer, _scheduler, _data, _checkpoint, _logger)
+_CHECKS = (_sizes, precision_problems, _model, _optimizer, _scheduler, _data, _checkpoint, _logger)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,19 @@ class HFSource:
             self._fetch(folder.name, allow=_weight_files(folder))
         return HFWeights(folder)
 
+    @cached_property
+    def weight_names(self) -> Collection[str] | None:
+        """Names of all weights, from the index where there is one; None for a folder that holds a configuration only.
+
+        Raises:
+            HFFolderError: as for `weights`, or the index is damaged.
+        """
+        if (index := self.folder / INDEX).is_file():
+            return _weight_map(index).keys()
+        if self.is_local and not (self.folder / SINGLE_FILE).is_file():
+            return None
+        return self.weights
+
     @property
     def _named(self) -> str:
         if self.is_local:
@@ -108,10 +122,13 @@ def _spelled_like_path(text: str) -> bool:
 def _weight_files(folder: Path) -> list[str]:
     """The files to fetch: those of the index, since a repository may hold the same weights in other files as well."""
     index = folder / INDEX
-    if not index.is_file():
-        return [SINGLE_FILE]
+    return sorted(set(_weight_map(index).values())) if index.is_file() else [SINGLE_FILE]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Weight name -> file, as an index says."""
     try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        return dict(json.loads(index.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HFFolderError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
 

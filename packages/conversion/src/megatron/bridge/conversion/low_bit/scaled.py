@@ -40,5 +40,5 @@ def as_float(scales: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     if scales.dtype == torch.uint8:
-        return torch.ldexp(torch.ones((), dtype=torch.float32), scales.int() - 127)
+        return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     return scales.float()

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial as bound
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
 from megatron.bridge.conversion.entries import base_name, entry_of
@@ -17,12 +17,14 @@ from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.hf.names import INDEX
 from megatron.bridge.conversion.hf.shard_files import ShardFile, ShardLayout, TensorSpec, lay_out
 from megatron.bridge.conversion.hf.staging import StagedFolder
+from megatron.bridge.conversion.low_bit.encoders import Encoder, FullPrecision, encoder_of
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
 from megatron.bridge.conversion.offline.index import configuration_faults, refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
 from megatron.bridge.conversion.offline.keys import refuse_other_forms
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
+from megatron.bridge.conversion.save import config_changes
 from megatron.bridge.conversion.transforms import Region
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
     """
     what = f"export of {path}"
     with configuration_faults(what):
-        table = bridge.model_bridge.mapping_registry()
+        table = bridge.weight_table()
         refuse_other_forms(table, what)
         weights = MegatronWeights(path, table)
         plan = export_plan(table, weights.shapes, what)
@@ -59,6 +61,7 @@ def export_checkpoint(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     max_shard_bytes: float = MAX_SHARD_BYTES,
+    quantization: str | None = None,
     progress: "Progress | None" = None,
 ) -> Path:
     """Convert a Megatron checkpoint, written at whatever layout, to a complete Hugging Face folder.
@@ -74,6 +77,7 @@ def export_checkpoint(
         trust_remote_code: run the configuration code that the model ships.
         overwrite: replace a Hugging Face folder that is there.
         max_shard_bytes: size of one weight file.
+        quantization: as in `AutoBridge.save_hf_pretrained`.
         progress: called with (file, bytes) after each file.
 
     Raises:
@@ -84,7 +88,9 @@ def export_checkpoint(
     else:
         bridge = AutoBridge.from_hf_pretrained(hf_model, trust_remote_code=trust_remote_code)
     plan, weights = offline_export_plan(bridge, megatron_path)
-    tensors = _specs(plan, weights, dtype)
+    specs = _specs(plan, weights, dtype)
+    encoder = encoder_of(quantization, plan, f"export of {megatron_path}")
+    tensors = encoder.specs(specs)
     layouts = lay_out(tensors, max_shard_bytes)
     target = Path(hf_path).resolve()
     job = {
@@ -98,8 +104,9 @@ def export_checkpoint(
         staged = StagedFolder(target, overwrite=overwrite, needed_bytes=0, path=partial)
         journal = Journal(target.with_name(f".{target.name}.journal"), job)
         try:
-            _Export(partial, journal, plan, weights, layouts).run(workers, progress)
-            _complete(partial, bridge, layouts, tensors)
+            _Export(partial, journal, plan, weights, layouts, specs, encoder).run(workers, progress)
+            changes = config_changes([dtype for _, dtype in specs.values()], encoder)
+            _complete(partial, bridge, layouts, tensors, changes)
             staged.publish()
             journal.remove()
         finally:
@@ -129,14 +136,17 @@ class _Export:
         plan: Plan,
         weights: MegatronWeights,
         layouts: tuple[ShardLayout, ...],
+        specs: Mapping[str, TensorSpec],
+        encoder: Encoder,
     ) -> None:
         self._folder, self._journal, self._weights, self._layouts = folder, journal, weights, layouts
+        self._specs, self._encoder = specs, encoder
         # File -> the items that it holds something of, in plan order.
         self._items: dict[str, dict[str, PlanItem]] = {layout.file: {} for layout in layouts}
         file_of = {name: layout.file for layout in layouts for name in layout.tensors}
         for item in plan:
-            for name in item.hf:
-                self._items[file_of[base_name(name)]][item.megatron] = item
+            for output in (output for name in item.hf for output in encoder.outputs(base_name(name))):
+                self._items[file_of[output]][item.megatron] = item
         self._sync = BackgroundSync()
 
     def run(self, workers: int, progress: "Progress | None") -> None:
@@ -173,15 +183,16 @@ class _Export:
     def _write_item(self, shard: ShardFile, item: PlanItem) -> Iterator[Part]:
         """The weights of an item that this file holds; the others are written with theirs."""
         regions = item.rule.transform.regions(item.shape)
-        if regions is not None:
+        if regions is not None and isinstance(self._encoder, FullPrecision):
             for name, region in zip(item.hf, regions, strict=True):
                 if base_name(name) in shard.layout.tensors:
                     yield from self._write_region(shard, name, item, region)
             return
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
-            if base_name(name) in shard.layout.tensors:
-                yield _write_rows(shard, name, item, piece)
+            outputs = self._encoder.outputs(base_name(name))
+            if any(output in shard.layout.tensors for output in outputs):
+                yield from self._write_weight(shard, name, piece.to(self._specs[base_name(name)][1]))
 
     def _write_region(self, shard: ShardFile, name: str, item: PlanItem, region: Region) -> Iterator[Part]:
         """A weight that is a region of a Megatron weight, as it lies in the checkpoint: run by run."""
@@ -192,6 +203,22 @@ class _Export:
         for low, high in self._weights.row_runs(item.megatron, first, stop):
             rows = self._weights.read(item.megatron, ((low, high), *region[1:]))
             yield _write_rows(shard, name, item, rows, low - first)
+
+    def _write_weight(self, shard: ShardFile, name: str, weight: "torch.Tensor") -> list[Part]:
+        import torch
+
+        parts = []
+        for output, piece in self._encoder.encode(name, weight):
+            written, index = entry_of(output) or (output, 0)
+            stored = shard.layout.tensors.get(written)
+            if stored is None:
+                continue
+            tensor = piece.contiguous()
+            first = index * tensor.nbytes
+            shard.write(written, tensor, first)
+            crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            parts.append(Part(output, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
+        return parts
 
 
 def _write_rows(shard: ShardFile, name: str, item: PlanItem, rows: "torch.Tensor", first: int = 0) -> Part:
@@ -218,7 +245,11 @@ def _refuse_small_disk(folder: Path, todo: list[ShardLayout]) -> None:
 
 
 def _complete(
-    folder: Path, bridge: AutoBridge, layouts: tuple[ShardLayout, ...], tensors: Mapping[str, TensorSpec]
+    folder: Path,
+    bridge: AutoBridge,
+    layouts: tuple[ShardLayout, ...],
+    tensors: Mapping[str, TensorSpec],
+    changes: Mapping[str, Any],
 ) -> None:
     """Index, companions and configuration; then the folder is read back."""
     if len(layouts) > 1:
@@ -231,8 +262,6 @@ def _complete(
     (folder / "config.json").unlink(missing_ok=True)
     if bridge.source is not None:
         copy_companions(bridge.source.folder, folder)
-    floating = {dtype for _, dtype in tensors.values() if dtype.is_floating_point}
-    changes = {"dtype": str(floating.pop()).removeprefix("torch.")} if len(floating) == 1 else {}
     write_config(folder, bridge.config_json(**changes))
     found = HFWeights(folder)
     differing = [name for name, (shape, dtype) in tensors.items() if found[name][:2] != (tuple(shape), dtype)]

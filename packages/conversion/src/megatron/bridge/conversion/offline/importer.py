@@ -57,8 +57,8 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     what = f"import of {bridge.source.path_or_id}"
     shapes = bridge.stored_weights.shapes
     with configuration_faults(what):
-        table = bridge.model_bridge.mapping_registry()
-        plan = import_plan(table, shapes, megatron_shapes(table, shapes, vocab_multiple, what), what)
+        table = bridge.weight_table()
+        plan = import_plan(table, shapes, megatron_shapes(table.grown(shapes), shapes, vocab_multiple, what), what)
         refuse_other_model(plan, bridge.model_bridge, what)
     return plan
 
@@ -101,7 +101,7 @@ def import_checkpoint(
     if not overwrite and not journal_file.exists():
         _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
-    refuse_other_forms(bridge.model_bridge.mapping_registry(), f"import of {hf_model}")
+    refuse_other_forms(bridge.weight_table(), f"import of {hf_model}")
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
     check_ties(plan, bridge.stored_weights, f"import of {hf_model}")
     try:
@@ -139,7 +139,8 @@ def _files(plan: Plan, dtype: "torch.dtype", bridge: AutoBridge, file_bytes: int
     for item in plan:
         stored = held[base_name(item.hf[0])]
         chunks += chunks_of(item, found[item.megatron], _dtype(item, stored, dtype))
-    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(found.values()))
+    of_core = (found[item.megatron] for item in plan if item.rule.tree is None)
+    objects: dict[str, Any] = dict.fromkeys(extra_state_keys(of_core))
     return lay_out(chunks, objects | {"common_state/shard_0_1": {}}, file_bytes)
 
 

@@ -7,12 +7,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.names import skeleton
 from megatron.bridge.conversion.plan import Plan, PlanError, PlanItem
 from megatron.bridge.conversion.table import WeightRule, WeightTable
-from megatron.bridge.conversion.transforms import Concatenate, InterleaveGroups, PadRows, Shape
+from megatron.bridge.conversion.transforms import Concatenate, InterleaveGroups, PadRows, Repeated, Shape, Transform
 
 if TYPE_CHECKING:
     from megatron.bridge.conversion.model_bridge import MegatronModelBridge
@@ -58,7 +59,8 @@ def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple:
         by_skeleton[skeleton(name)].append(name)
     shapes: dict[str, Shape] = {}
     faults: list[str] = []
-    for rule, places in _of_their_layers(table, {rule: _met(rule, by_skeleton) for rule in table.rules}).items():
+    met = _of_latest_layers({rule: _met(rule, by_skeleton) for rule in table.rules})
+    for rule, places in _of_their_layers(table, met).items():
         for indices in places:
             names, megatron = rule.hf_for(indices), rule.pattern.format(indices)
             held = [tuple(hf[name]) for name in names if name in hf]
@@ -83,6 +85,23 @@ def _met(rule: WeightRule, by_skeleton: Mapping[str, Iterable[str]]) -> _Places:
             if indices is not None:
                 found[tuple(indices[variable] for variable in rule.pattern.indices)] = indices
     return list(found.values())
+
+
+def _of_latest_layers(met: Mapping[WeightRule, _Places]) -> Mapping[WeightRule, _Places]:
+    """The same, without the decoder's rules at layers that belong to rules which begin to count behind it."""
+    first = {rule: rule.hf_patterns[0].offset("l") for rule in met}
+    if not any(first.values()):
+        return met
+    begins: dict[str, int] = {}
+    for rule, places in met.items():
+        for name in (name for indices in places for name in rule.hf_for(indices)):
+            begins[name] = max(begins.get(name, 0), first[rule])
+    return {
+        rule: [indices for indices in places if all(begins[name] == first[rule] for name in rule.hf_for(indices))]
+        if rule.hf_patterns[0].indices
+        else places
+        for rule, places in met.items()
+    }
 
 
 def _of_their_layers(table: WeightTable, met: Mapping[WeightRule, _Places]) -> dict[WeightRule, _Places]:
@@ -114,12 +133,17 @@ def _of_their_layers(table: WeightTable, met: Mapping[WeightRule, _Places]) -> d
 
 def _shape(rule: WeightRule, held: list[Shape], vocab_multiple: int) -> Shape:
     padded = held[0]
-    if isinstance(rule.transform, PadRows):
+    if isinstance(_once(rule.transform), PadRows):
         padded = (-(-padded[0] // vocab_multiple) * vocab_multiple, *padded[1:])
     shape = rule.transform.megatron_shape(held, padded)
     # Raises when the way back does not exist.
     rule.transform.hf_shapes(shape)
     return shape
+
+
+def _once(transform: Transform) -> Transform:
+    """How a weight that files may repeat is held once."""
+    return transform.inner if isinstance(transform, Repeated) else transform
 
 
 def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> None:
@@ -129,7 +153,9 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
         PlanError: naming every weight kind that disagrees.
     """
     config = bridge.shared_values()
-    problems = _layer_problems(plan, config) + _expert_problems(plan, bridge.moe_layers(), config)
+    problems = _tree_problems(plan, bridge.tree_shapes())
+    plan = _of_the_language_model(plan, bridge.language_prefix)
+    problems += _layer_problems(plan, config) + _expert_problems(plan, bridge.moe_layers(), config)
     first: dict[str, PlanItem] = {}
     for item in plan:
         alike = first.setdefault(item.rule.megatron, item)
@@ -144,6 +170,31 @@ def refuse_other_model(plan: Plan, bridge: "MegatronModelBridge", what: str) -> 
             f"{what}: the configuration does not describe these weights, so nothing was converted\n  "
             + "\n  ".join(problems)
         )
+
+
+def _tree_problems(plan: Plan, wanted: Mapping[str, Shape]) -> list[str]:
+    """Weights of whole sub-trees that are missing, too many or of another size."""
+    held = {item.megatron: item for item in plan if item.rule.tree is not None}
+    problems = [f"{name} {list(shape)} is missing" for name, shape in wanted.items() if name not in held]
+    for name, item in held.items():
+        if wanted.get(name) != item.shape:
+            says = f"is {list(wanted[name])}" if name in wanted else "has no such weight"
+            problems.append(f"{name} {list(item.shape)} ({', '.join(item.hf)}): the configuration's {says}")
+    return problems
+
+
+def _of_the_language_model(plan: Plan, prefix: str) -> Plan:
+    """The plan's language model, by the names that it has by itself."""
+    items = [
+        replace(
+            item,
+            megatron=item.megatron.removeprefix(prefix),
+            rule=replace(item.rule, megatron=item.rule.megatron.removeprefix(prefix)),
+        )
+        for item in plan
+        if item.megatron.startswith(prefix)
+    ]
+    return replace(plan, items=tuple(items)) if prefix else plan
 
 
 def _layer_problems(plan: Plan, config: Mapping[str, Any]) -> list[str]:
@@ -207,6 +258,11 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "decoder.layers.{l}.self_attention.linear_qkv.layer_norm_bias": ("hidden_size",),
     "decoder.layers.{l}.self_attention.linear_qkv.weight": (None, "hidden_size"),
     "decoder.layers.{l}.self_attention.linear_qkv.bias": (None,),
+    "decoder.layers.{l}.self_attention.linear_q_proj.weight": (None, "hidden_size"),
+    "decoder.layers.{l}.self_attention.linear_q_down_proj.weight": ("q_lora_rank", "hidden_size"),
+    "decoder.layers.{l}.self_attention.linear_q_up_proj.weight": (None, "q_lora_rank"),
+    "decoder.layers.{l}.self_attention.linear_kv_down_proj.weight": (None, "hidden_size"),
+    "decoder.layers.{l}.self_attention.linear_kv_up_proj.weight": (None, "kv_lora_rank"),
     "decoder.layers.{l}.self_attention.linear_proj.weight": ("hidden_size", None),
     "decoder.layers.{l}.self_attention.linear_proj.bias": ("hidden_size",),
     "decoder.layers.{l}.mlp.linear_fc1.layer_norm_weight": ("hidden_size",),
@@ -242,8 +298,9 @@ def _size_problems(item: PlanItem, config: Mapping[str, Any]) -> list[str]:
         if ".linear_qkv." in name and shape[0] != wanted:
             problems.append(f"axis 0 has {shape[0]}, the configuration's {groups} query groups need {wanted}")
     problems += _gated_problems(item, config)
-    if isinstance(transform, PadRows) and shape[0] < transform.rows:
-        problems.append(f"{shape[0]} rows, too few for the configuration's {transform.rows}")
+    padded = _once(transform)
+    if isinstance(padded, PadRows) and shape[0] < padded.rows:
+        problems.append(f"{shape[0]} rows, too few for the configuration's {padded.rows}")
     return problems
 
 

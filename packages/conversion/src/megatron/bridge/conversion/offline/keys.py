@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron.bridge.conversion.names import NamePattern, skeleton
 from megatron.bridge.conversion.plan import Plan, PlanError
-from megatron.bridge.conversion.shards import Blocks
+from megatron.bridge.conversion.shards import Blocks, NamedBlocks
 from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Shape
 
@@ -27,7 +27,7 @@ _STACKED_EXPERTS = ".experts."
 # Layers of multi-token prediction have a key each, however alike they are.
 _NEVER_STACKED = "mtp."
 # Megatron-Core's linear layers keep a state besides weights: empty here, but its loaders ask for it.
-_WITH_EXTRA_STATE = re.compile(r"(.*\.linear_\w+)\.weight")
+_WITH_EXTRA_STATE = re.compile(r"(.*\.(?:linear_\w+|eh_proj))\.weight")
 
 
 def refuse_other_forms(table: WeightTable, what: str) -> None:
@@ -68,6 +68,7 @@ def places(plan: Plan) -> dict[str, Place]:
     Raises:
         PlanError: a weight has an index besides its layer and expert; how Megatron-Core stores those is not known here.
     """
+    refuse_named_blocks(item.rule for item in plan)
     layers = 1 + max((item.indices["l"] for item in plan if _stackable(item.rule)), default=-1)
     experts = _expert_counts(plan)
     alike = _layers_alike(plan, layers)
@@ -84,6 +85,21 @@ def places(plan: Plan) -> dict[str, Place]:
             raise PlanError(f"{item.megatron}: the offline conversion cannot place it; convert without --offline")
         found[item.megatron] = Place(NamePattern(key).format(indices) if "{" in key else key, tuple(axes))
     return found
+
+
+def refuse_named_blocks(rules: Iterable[WeightRule]) -> None:
+    """Refuse weights that checkpoints hold in parts.
+
+    Raises:
+        PlanError: names the first of them.
+    """
+    for rule in rules:
+        if isinstance(rule.shard, NamedBlocks):
+            keys = ", ".join(f"{rule.megatron}.{name}" for name in rule.shard.names)
+            raise PlanError(
+                f"{rule.megatron}: Megatron checkpoints hold it in parts ({keys}), which the offline conversion cannot "
+                "place; convert without --offline"
+            )
 
 
 def _stackable(rule: WeightRule) -> bool:

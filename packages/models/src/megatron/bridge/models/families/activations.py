@@ -15,6 +15,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU by a sigmoid (arXiv:1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """ReLU squared (arXiv:2109.08668)."""
     return torch.square(functional.relu(x))
@@ -27,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "gelu_new": gelu_tanh,
     "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "relu": functional.relu,
     "relu2": squared_relu,
 }

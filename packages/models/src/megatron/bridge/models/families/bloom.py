@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.families.activations import gelu_tanh
-from megatron.bridge.models.families.dense import DenseBridge
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge
+from megatron.bridge.models.fragments import HFNames
 
 
-class BloomBridge(DenseBridge):
+class BloomBridge(BiasedBridge):
     """`BloomForCausalLM`: a norm on the embeddings; q, k and v in one weight by head."""
 
     shared_fields: ClassVar[Mapping[str, str]] = {
@@ -35,14 +35,6 @@ class BloomBridge(DenseBridge):
         fc1=("mlp.dense_h_to_4h",),
         fc2="mlp.dense_4h_to_h",
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
-
-    def qkv_bias(self) -> bool:
-        return True
-
-    output_bias = mlp_bias = qkv_bias
 
     def rope_fields(self) -> dict[str, Any]:
         return {"position_embedding_type": "none"}

@@ -7,11 +7,12 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.families.dense import shared_fields
 from megatron.bridge.models.families.latent import LATENT_FIELDS, LatentAttentionBridge
 from megatron.bridge.models.families.moe import after_dense_prefix
+from megatron.bridge.models.families.prediction import PredictionBridge
 from megatron.bridge.models.families.sigmoid_moe import SigmoidMoEBridge
 from megatron.bridge.models.routing import group_fields, softmax_routing
 
 
-class DeepseekV3Bridge(LatentAttentionBridge, SigmoidMoEBridge):
+class DeepseekV3Bridge(PredictionBridge, LatentAttentionBridge, SigmoidMoEBridge):
     """`DeepseekV3ForCausalLM` (Kimi-K2 too): a dense prefix, then experts chosen by sigmoid scores and a bias."""
 
     shared_fields: ClassVar[Mapping[str, str]] = shared_fields(

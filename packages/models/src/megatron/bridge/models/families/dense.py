@@ -123,6 +123,7 @@ class DenseBridge(MegatronModelBridge):
             fragments.embedding(config.vocab_size, names, self.norm_kinds),
             self.pre_norm_rules(differences),
             self.attention_rules(differences),
+            fragments.sinks(names) if differences.get("softmax_type") == "learnable" else [],
             fragments.post_norms(self.norm_kinds, names=names) if differences.get("post_norm") else [],
             mlp(bias=self.mlp_bias(), names=names),
             fragments.head(
@@ -189,6 +190,27 @@ def refuse_other_values(config: Any, only: Mapping[str, Any]) -> None:
     other = [f"{name}={held[name]!r}" for name, value in values.items() if value != only[name]]
     if other:
         raise BridgeError(f"config.json: {', '.join(other)}: not supported in {type(config).__name__}")
+
+
+class BiasedBridge(DenseBridge):
+    """The GPT-2 manner: LayerNorms with biases, an MLP without a gate, and biases on every projection."""
+
+    normalization = "LayerNorm"
+    norm_kinds = fragments.WEIGHT_AND_BIAS
+    gated = False
+
+    def has_biases(self) -> bool:
+        """Whether projections have biases, where nothing else is said of one."""
+        return True
+
+    def qkv_bias(self) -> bool:
+        return self.has_biases()
+
+    def output_bias(self) -> bool:
+        return self.has_biases()
+
+    def mlp_bias(self) -> bool:
+        return self.has_biases()
 
 
 def windows_by_layer_type(config: Any) -> Sequence[int | None]:

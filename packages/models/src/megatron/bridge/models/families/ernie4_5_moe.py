@@ -24,7 +24,7 @@ class Ernie45MoeBridge(MoEBridge):
     def differences(self) -> Mapping[str, Any]:
         if self.hf_config.use_bias:
             raise BridgeError("config.json: use_bias=True, and Megatron-Core's shared experts have no biases")
-        return {"rotary_interleaved": True}
+        return {"rotary_interleaved": True, "router_fp32": True}
 
     def moe_layers(self) -> Sequence[bool]:
         config = self.hf_config
@@ -43,4 +43,4 @@ class Ernie45MoeBridge(MoEBridge):
         shared = moe.shared_experts() if self.hf_config.moe_num_shared_experts else []
         # The bias has a leading axis of one, of which this is the only entry.
         bias = "model.layers.{l}.mlp.moe_statics.e_score_correction_bias[0]"
-        return [*moe.moe_norm(), *moe.router(selection_bias=bias), *shared, *moe.experts()]
+        return [*moe.moe_norm(), *moe.router(selection_bias=bias, keeps_dtype=True), *shared, *moe.experts()]

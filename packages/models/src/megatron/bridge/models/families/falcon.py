@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 _NAMES: dict[str, Any] = {
     "embedding": "transformer.word_embeddings",
@@ -19,7 +19,7 @@ _NAMES: dict[str, Any] = {
 }
 
 
-class FalconBridge(DenseBridge):
+class FalconBridge(BiasedBridge):
     """`FalconForCausalLM`: attention and MLP side by side, with one LayerNorm or two; q, k and v by group."""
 
     shared_fields = shared_fields(
@@ -28,9 +28,6 @@ class FalconBridge(DenseBridge):
         layernorm_epsilon="layer_norm_epsilon",
         hidden_dropout="hidden_dropout",
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
     activation_field = "activation"
 
     @property
@@ -43,10 +40,8 @@ class FalconBridge(DenseBridge):
         config = self.hf_config
         return bool(config.new_decoder_architecture and config.num_ln_in_parallel_attn != 1)
 
-    def qkv_bias(self) -> bool:
+    def has_biases(self) -> bool:
         return bool(self.hf_config.bias)
-
-    output_bias = mlp_bias = qkv_bias
 
     def differences(self) -> Mapping[str, Any]:
         config = self.hf_config

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 from megatron.bridge.models.families.moe import after_dense_prefix
+from megatron.bridge.models.families.prediction import PredictionBridge
 from megatron.bridge.models.families.sigmoid_moe import SigmoidMoEBridge
 
 
-class Glm4MoeBridge(SigmoidMoEBridge):
-    """`Glm4MoeForCausalLM`: a dense prefix, half of each head rotated, biases on q, k and v only.
-
-    Layers for multi-token prediction have no rules: a checkpoint that holds them is refused, naming them.
-    """
+class Glm4MoeBridge(PredictionBridge, SigmoidMoEBridge):
+    """`Glm4MoeForCausalLM`: a dense prefix, half of each head rotated, biases on q, k and v only."""
 
     def qk_norm(self) -> bool:
         return bool(self.hf_config.use_qk_norm)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.families.dense import DenseBridge
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge
+from megatron.bridge.models.fragments import HFNames
 
 _FIELDS: dict[str, str] = {
     "num_layers": "n_layer",
@@ -33,20 +33,12 @@ _NAMES: dict[str, Any] = {
 }
 
 
-class GPT2Bridge(DenseBridge):
+class GPT2Bridge(BiasedBridge):
     """`GPT2LMHeadModel`: learned positions, LayerNorms, biases, and matrices stored transposed."""
 
     shared_fields = _FIELDS
     names = HFNames(**_NAMES, conv1d=True)
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
     activation_field = "activation_function"
-
-    def qkv_bias(self) -> bool:
-        return True
-
-    output_bias = mlp_bias = qkv_bias
 
     def differences(self) -> Mapping[str, Any]:
         config = self.hf_config

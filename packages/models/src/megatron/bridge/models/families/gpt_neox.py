@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 
-class GPTNeoXBridge(DenseBridge):
+class GPTNeoXBridge(BiasedBridge):
     """`GPTNeoXForCausalLM`: attention and MLP side by side, each with its LayerNorm; q, k, v in one weight by head."""
 
     shared_fields = shared_fields(
@@ -24,17 +24,11 @@ class GPTNeoXBridge(DenseBridge):
         fc1=("mlp.dense_h_to_4h",),
         fc2="mlp.dense_4h_to_h",
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
 
     def qkv_bias(self) -> bool:
         return bool(self.hf_config.attention_bias)
 
     output_bias = qkv_bias
-
-    def mlp_bias(self) -> bool:
-        return True
 
     def differences(self) -> Mapping[str, Any]:
         return {"parallel_block": bool(self.hf_config.use_parallel_residual)}

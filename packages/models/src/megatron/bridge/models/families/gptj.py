@@ -27,9 +27,6 @@ class GPTJBridge(GPT2Bridge):
 
     output_bias = qkv_bias
 
-    def mlp_bias(self) -> bool:
-        return True
-
     def differences(self) -> Mapping[str, Any]:
         config = self.hf_config
         return {

@@ -1,4 +1,4 @@
-"""Granite 3 of IBM (2024), and HyperCLOVA X of NAVER, which changes it."""
+"""Granite 3 and later of IBM (2024), and HyperCLOVA X of NAVER, which changes it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +18,18 @@ class GraniteBridge(LlamaBridge):
             "softmax_scale": config.attention_multiplier,
             "logits_multiplier": 1 / config.logits_scaling,
         }
+
+
+class GraniteSWABridge(GraniteBridge):
+    """`GraniteSWAForCausalLM`: windows, attention sinks, and a rotary base (0 for no rotation) per layer."""
+
+    def differences(self) -> Mapping[str, Any]:
+        still = [int(not theta) for theta in self.hf_config.layer_rope_theta]
+        return {**super().differences(), "softmax_type": "learnable", "no_rope_freq": still}
+
+    def rope_fields(self) -> dict[str, Any]:
+        rope, bases = self.hf_config.rope_parameters, self.hf_config.layer_rope_theta
+        return {"layer_rope_parameters": [{**rope, "rope_theta": theta or rope["rope_theta"]} for theta in bases]}
 
 
 class HyperCLOVAXBridge(GraniteBridge):

@@ -1,11 +1,11 @@
-"""Granite 3 mixtures of experts of IBM (2024)."""
+"""Granite mixtures of experts of IBM (2024)."""
 
 from typing import Any, ClassVar
 
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.models import moe_fragments as moe
 from megatron.bridge.models.families.dense import shared_fields
-from megatron.bridge.models.families.granite import GraniteBridge
+from megatron.bridge.models.families.granite import GraniteBridge, GraniteSWABridge
 from megatron.bridge.models.families.moe import MoEBridge
 from megatron.bridge.models.routing import balancing, softmax_routing
 
@@ -19,6 +19,11 @@ class GraniteMoeBridge(MoEBridge, GraniteBridge):
         moe_ffn_hidden_size="intermediate_size", num_moe_experts="num_local_experts"
     )
 
+    # Below the mixture of experts: the router, and the stacked weights.
+    router: ClassVar[str] = "router.layer"
+    gate_up: ClassVar[str] = "input_linear.weight"
+    down: ClassVar[str] = "output_linear.weight"
+
     def mlp_bias(self) -> bool:
         return False
 
@@ -30,8 +35,8 @@ class GraniteMoeBridge(MoEBridge, GraniteBridge):
         }
 
     def moe_rules(self) -> list[WeightRule]:
-        stacked = moe.stacked_experts(f"{_HF_MOE}.input_linear.weight", f"{_HF_MOE}.output_linear.weight")
-        return [*moe.moe_norm(), *moe.router(f"{_HF_MOE}.router.layer"), *stacked]
+        stacked = moe.stacked_experts(f"{_HF_MOE}.{self.gate_up}", f"{_HF_MOE}.{self.down}")
+        return [*moe.moe_norm(), *moe.router(f"{_HF_MOE}.{self.router}"), *stacked]
 
 
 class GraniteMoeSharedBridge(GraniteMoeBridge):
@@ -44,3 +49,9 @@ class GraniteMoeSharedBridge(GraniteMoeBridge):
     def moe_rules(self) -> list[WeightRule]:
         shared = moe.shared_experts(_HF_SHARED, fc1=("input_linear",), fc2="output_linear")
         return [*super().moe_rules(), *(shared if self.hf_config.shared_intermediate_size else [])]
+
+
+class GraniteMoeSWABridge(GraniteMoeSharedBridge, GraniteSWABridge):
+    """`GraniteMoeSWAForCausalLM`: with the windows, sinks and rotary bases of `GraniteSWAForCausalLM`."""
+
+    router, gate_up, down = "router", "experts.gate_up_proj", "experts.down_proj"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron.bridge.conversion import hf_config
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models import latent_fragments
@@ -41,17 +42,20 @@ class LatentAttentionBridge(DenseBridge):
         return True  # of the latents
 
     def rope_fields(self) -> dict[str, Any]:
-        fields = super().rope_fields()
-        scaling = fields["rope_parameters"] or {}
-        if fields["rotary_percent"] != 1.0:
+        config, fields = self.hf_config, super().rope_fields()
+        if int(hf_config.head_dim(config) * fields["rotary_percent"]) != config.qk_rope_head_dim:
             raise BridgeError(
-                f"config.json: partial_rotary_factor={fields['rotary_percent']} under multi-latent attention, which "
-                "turns all of qk_rope_head_dim"
+                f"config.json: partial_rotary_factor={fields['rotary_percent']} of head_dim={config.head_dim} under "
+                f"multi-latent attention, which turns qk_rope_head_dim={config.qk_rope_head_dim} channels"
             )
+        scaling = dict(fields["rope_parameters"] or {})
+        scaling.pop("partial_rotary_factor", None)
         # Scores are scaled by the square of what YaRN calls mscale.
         scored = bool(scaling.get("mscale_all_dim"))
         return {
             **fields,
+            "rotary_percent": 1.0,
+            "rope_parameters": scaling or None,
             "rope_type": "yarn" if scaling else "rope",
             "rotary_scaling_factor": float(scaling["factor"]) if scored else 1.0,
             "mscale_all_dim": float(scaling["mscale_all_dim"]) if scored else 0.0,

@@ -4,7 +4,7 @@ from megatron.bridge.models.families.dense import DenseBridge
 
 
 class LlamaBridge(DenseBridge):
-    """`LlamaForCausalLM`."""
+    """`LlamaForCausalLM`; `InternLM3ForCausalLM` and `IQuestCoderForCausalLM` are Llama to transformers too."""
 
     def qkv_bias(self) -> bool:
         return bool(self.hf_config.attention_bias)
@@ -14,3 +14,12 @@ class LlamaBridge(DenseBridge):
 
     def mlp_bias(self) -> bool:
         return bool(self.hf_config.mlp_bias)
+
+
+class CwmBridge(LlamaBridge):
+    """`CwmForCausalLM` (Code World Model, arXiv:2510.02387): `layer_types` say which layers have a window."""
+
+    def qkv_bias(self) -> bool:
+        return False
+
+    output_bias = qkv_bias

@@ -16,10 +16,19 @@ class Ministral3Bridge(MistralBridge):
     """`Ministral3ForCausalLM`: Mistral with queries that grow slowly with their position."""
 
     def differences(self) -> Mapping[str, Any]:
-        rope = self.hf_config.rope_parameters
-        names = ("llama_4_scaling_beta", "original_max_position_embeddings")
-        absent = [name for name in names if rope.get(name) is None]
-        if absent:
-            raise BridgeError(f"config.json: rope_parameters lack {', '.join(absent)}, which scale the queries")
-        beta, positions = (rope[name] for name in names)
-        return {"query_temperature": (float(beta), int(positions))}
+        return query_temperature(self.hf_config)
+
+
+def query_temperature(config: Any) -> dict[str, Any]:
+    """Provider fields of queries that grow slowly with their position.
+
+    Raises:
+        BridgeError: the configuration does not say how.
+    """
+    rope = config.rope_parameters
+    names = ("llama_4_scaling_beta", "original_max_position_embeddings")
+    absent = [name for name in names if rope.get(name) is None]
+    if absent:
+        raise BridgeError(f"config.json: rope_parameters lack {', '.join(absent)}, which scale the queries")
+    beta, positions = (rope[name] for name in names)
+    return {"query_temperature": (float(beta), int(positions))}

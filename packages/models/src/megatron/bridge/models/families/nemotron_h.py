@@ -68,6 +68,7 @@ class NemotronHBridge(DenseBridge):
         fields = {
             "num_layers": len(self.pattern),
             "hybrid_layer_pattern": self.pattern,
+            "mamba_conv_width": config.conv_kernel,
             # transformers reads the lower limit of random initial steps as a limit of all steps.
             "mamba_step_limit": (config.time_step_min, math.inf),
         }

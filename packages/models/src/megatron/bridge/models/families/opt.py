@@ -1,11 +1,11 @@
-"""OPT of Meta (arXiv:2205.01068), and BioGPT of Microsoft (arXiv:2210.10341), which shares its layout."""
+"""OPT and XGLM of Meta (arXiv:2205.01068, arXiv:2112.10668), and BioGPT of Microsoft (arXiv:2210.10341)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 _LAYER_NAMES: dict[str, Any] = {
     "input_norm": "self_attn_layer_norm",
@@ -16,7 +16,7 @@ _LAYER_NAMES: dict[str, Any] = {
 }
 
 
-class OPTBridge(DenseBridge):
+class OPTBridge(BiasedBridge):
     """`OPTForCausalLM`: learned positions, of which the first two rows are never used."""
 
     shared_fields = shared_fields(
@@ -32,15 +32,10 @@ class OPTBridge(DenseBridge):
         final_norm="model.decoder.final_layer_norm",
         **_LAYER_NAMES,
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
     activation_field = "activation_function"
 
-    def qkv_bias(self) -> bool:
+    def has_biases(self) -> bool:
         return bool(self.hf_config.enable_bias)
-
-    output_bias = mlp_bias = qkv_bias
 
     def rope_fields(self) -> dict[str, Any]:
         return {"position_embedding_type": "learned_absolute"}
@@ -77,13 +72,38 @@ class BioGptBridge(OPTBridge):
     )
     activation_field = "hidden_act"
 
-    def qkv_bias(self) -> bool:
+    def has_biases(self) -> bool:
         return True
-
-    output_bias = mlp_bias = qkv_bias
 
     def differences(self) -> Mapping[str, Any]:
         config = self.hf_config
         scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         # transformers builds these norms with PyTorch's epsilon, whatever `layer_norm_eps` says.
         return {"position_offset": 2, "layernorm_epsilon": 1e-5, "embedding_multiplier": scale}
+
+
+class XGLMBridge(BioGptBridge):
+    """`XGLMForCausalLM`: positions by fixed waves, of which the first two are never used."""
+
+    shared_fields = shared_fields(
+        without=["num_query_groups", "layernorm_epsilon"],
+        ffn_hidden_size="ffn_dim",
+        init_method_std="init_std",
+        hidden_dropout="dropout",
+    )
+    names = HFNames(final_norm="model.layer_norm", **_LAYER_NAMES)
+    activation_field = "activation_function"
+
+    def rope_fields(self) -> dict[str, Any]:
+        return {"position_embedding_type": "none", "sinusoidal_positions": "tensor2tensor"}
+
+    def differences(self) -> Mapping[str, Any]:
+        config = self.hf_config
+        if config.add_cross_attention:
+            raise BridgeError("config.json: add_cross_attention=True is not supported in XGLMForCausalLM")
+        # transformers blanks the position of this number, which is none of those used where it is below the offset.
+        if config.pad_token_id is not None and config.pad_token_id >= 2:
+            raise BridgeError(
+                f"config.json: pad_token_id={config.pad_token_id} would blank a position; it must be 0 or 1"
+            )
+        return super().differences()

@@ -4,25 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, DenseBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 
-class PhiBridge(DenseBridge):
+class PhiBridge(BiasedBridge):
     """`PhiForCausalLM`: attention and MLP read the same LayerNorm; biases everywhere, in the output layer too."""
 
     shared_fields = shared_fields(layernorm_epsilon="layer_norm_eps", hidden_dropout="resid_pdrop")
     names = HFNames(
         final_norm="model.final_layernorm", attention_output="self_attn.dense", fc1=("mlp.fc1",), fc2="mlp.fc2"
     )
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
-
-    def qkv_bias(self) -> bool:
-        return True
-
-    output_bias = mlp_bias = qkv_bias
 
     def differences(self) -> Mapping[str, Any]:
         if self.hf_config.qk_layernorm:

@@ -2,23 +2,18 @@
 
 from collections.abc import Sequence
 
-from megatron.bridge.models.families.dense import DenseBridge, shared_fields
-from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames
+from megatron.bridge.models.families.dense import BiasedBridge, shared_fields
+from megatron.bridge.models.fragments import HFNames
 
 
-class Starcoder2Bridge(DenseBridge):
+class Starcoder2Bridge(BiasedBridge):
     """`Starcoder2ForCausalLM`: LayerNorms, an MLP without a gate, and one switch for all biases."""
 
     shared_fields = shared_fields(layernorm_epsilon="norm_epsilon")
     names = HFNames(fc1=("mlp.c_fc",), fc2="mlp.c_proj")
-    normalization = "LayerNorm"
-    norm_kinds = WEIGHT_AND_BIAS
-    gated = False
 
-    def qkv_bias(self) -> bool:
+    def has_biases(self) -> bool:
         return bool(self.hf_config.use_bias)
-
-    output_bias = mlp_bias = qkv_bias
 
     def windows(self) -> Sequence[int | None]:
         return [self.hf_config.sliding_window] * self.hf_config.num_hidden_layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.layer_specs.mamba_mixer import mark_cut_along_rows
+from megatron.bridge.models.layer_specs.mamba_mixer import mark_cut
 from megatron.bridge.models.layer_specs.packed_documents import by_document
 from megatron.bridge.models.layer_specs.state_space import causal_convolution, gated_delta_rule
 
@@ -95,7 +95,7 @@ class TorchGatedDeltaNet(GatedDeltaNet):
             self.A_log = nn.Parameter(torch.empty(heads, **place).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(torch.ones(heads, **place))
         for parameter in (self.conv1d.weight, self.A_log, self.dt_bias):
-            mark_cut_along_rows(parameter)
+            mark_cut(parameter)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """Megatron-Core's Mamba-2 mixer in plain PyTorch, for machines without the CUDA kernels of `mamba_ssm`."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ class TorchMambaMixer(MambaMixer):
         d_model: channels of the model.
         d_conv: width of the convolution.
         rmsnorm: a norm over each group's channels before the last projection, which the gate has gone into.
+        norm_before_gate: the gate acts on what that norm gives instead.
         step_limit: the smallest and the largest step size.
+        multipliers: factors on the first projection's blocks z, x, B, C and dt.
         layer_number: of this layer, from 1.
         pg_collection: process groups.
     """
@@ -41,7 +44,9 @@ class TorchMambaMixer(MambaMixer):
         d_model: int,
         d_conv: int = 4,
         rmsnorm: bool = True,
+        norm_before_gate: bool = False,
         step_limit: tuple[float, float] = (0.0, math.inf),
+        multipliers: Sequence[float] | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -52,7 +57,7 @@ class TorchMambaMixer(MambaMixer):
         del pp_layer_offset, name  # part of Megatron-Core's contract, of no effect here
         self.layer_number, self.pg_collection = layer_number, pg_collection
         self.tp_group = pg_collection.tp  # type: ignore[union-attr]
-        self.rmsnorm, self.step_limit = rmsnorm, step_limit
+        self.rmsnorm, self.norm_before_gate, self.step_limit = rmsnorm, norm_before_gate, step_limit
         self._set_sizes(config, ranks=self.tp_group.size())
         projection: dict[str, Any] = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
@@ -65,6 +70,9 @@ class TorchMambaMixer(MambaMixer):
             **projection,
         )
         self._add_parameters(d_conv)
+        if multipliers is not None:
+            factors = torch.tensor(multipliers).repeat_interleave(torch.tensor(self.in_proj_blocks))
+            self.multipliers = nn.Buffer(factors.to(self.in_proj.weight), persistent=False)
         self.out_proj = build_module(
             submodules.out_proj,
             self.d_inner,
@@ -79,6 +87,11 @@ class TorchMambaMixer(MambaMixer):
         """Sizes by the names that `MambaMixer.sharded_state_dict` knows; `local` ones are this rank's."""
         if config.mamba_num_heads is None:
             raise BridgeError("mamba_num_heads of the model config is not set; set it to the number of Mamba heads")
+        if config.mamba_num_groups % ranks or config.mamba_num_heads % ranks:
+            raise BridgeError(
+                f"tensor_model_parallel_size={ranks} divides not both mamba_num_heads={config.mamba_num_heads} and "
+                f"mamba_num_groups={config.mamba_num_groups}: every rank needs whole groups; make it smaller"
+            )
         self.d_state, self.headdim = config.mamba_state_dim, config.mamba_head_dim
         self.d_inner = config.mamba_num_heads * self.headdim
         self.nheads_local_tp = config.mamba_num_heads // ranks
@@ -112,7 +125,7 @@ class TorchMambaMixer(MambaMixer):
             norm = GroupedRMSNorm(self.d_inner_local_tp, group, self.config.layernorm_epsilon, self.tp_group)
             self.norm = norm.to(**place)
         for parameter in (*(getattr(self, name) for name in values), *(self.norm.parameters() if self.rmsnorm else ())):
-            mark_cut_along_rows(parameter)
+            mark_cut(parameter)
 
     def forward(
         self,
@@ -137,6 +150,8 @@ class TorchMambaMixer(MambaMixer):
 
     def _mix(self, projected: Tensor) -> Tensor:
         """`[length, batch, z x B C dt]` to `[length, batch, channels]`, of this rank's heads."""
+        if hasattr(self, "multipliers"):
+            projected = projected * self.multipliers
         z, mixed, steps = projected.transpose(0, 1).split(
             [self.in_proj_blocks[0], sum(self.in_proj_blocks[1:4]), self.in_proj_blocks[4]], -1
         )
@@ -146,10 +161,18 @@ class TorchMambaMixer(MambaMixer):
         inputs, outputs = (each.unflatten(-1, (-1, self.d_state)) for each in (inputs, outputs))
         steps = softplus(steps.float() + self.dt_bias.float()).clamp(*self.step_limit)
         y = scan_heads(x, steps, -self.A_log.float().exp(), inputs, outputs)
-        y = (y + self.D.float()[:, None] * x.float()).flatten(-2) * silu(z.float())
-        if self.rmsnorm:
-            y = self.norm(y)
+        y = self._gated((y + self.D.float()[:, None] * x.float()).flatten(-2), silu(z.float()))
         return y.to(projected.dtype).transpose(0, 1)
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        if not self.rmsnorm:
+            return y * gate
+        normed: Tensor = self.norm(y) * gate if self.norm_before_gate else self.norm(y * gate)
+        return normed
+
+
+# How a layer's keys for checkpoints differ from the names of its mixer's parameters, as Megatron-Core writes them.
+CONVOLUTION_KEYS = {"mixer.conv1d_": "mixer.conv1d."}
 
 
 class GroupedRMSNorm(nn.Module):
@@ -178,8 +201,8 @@ class GroupedRMSNorm(nn.Module):
         return state
 
 
-def mark_cut_along_rows(parameter: Tensor) -> None:
-    """Tell Megatron-Core that every tensor-parallel rank holds rows of its own."""
+def mark_cut(parameter: Tensor, axis: int = 0) -> None:
+    """Tell Megatron-Core that every tensor-parallel rank holds a part of its own along `axis`."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.partition_dim = 0  # type: ignore[attr-defined]
+    parameter.partition_dim = axis  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]

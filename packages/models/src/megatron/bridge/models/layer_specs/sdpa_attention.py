@@ -53,6 +53,7 @@ class SDPAttention(MegatronModule):
         # Part of Megatron-Core's contract, of no effect here.
         del attention_type, k_channels, v_channels, cp_comm_type
         self.attn_mask_type = attn_mask_type
+        self.layer_number = layer_number
         self.context_group = self._context_group(pg_collection)
         self.softmax_scale = softmax_scale  # None means 1 / sqrt(head size)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
+from torch.utils.checkpoint import checkpoint
 
 
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,13 +69,54 @@ def _decay_between(total: Tensor) -> Tensor:
     return (total[..., :, None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
 
 
+def scan_channels(
+    x: Tensor, steps: Tensor, rates: Tensor, inputs: Tensor, outputs: Tensor, *, chunk: int = 64
+) -> Tensor:
+    """Mamba's recurrence (arXiv:2312.00752), in which every channel has its own step size and rates.
+
+    h_t = exp(step_t rate) h_{t-1} + step_t x_t input_t and y_t = output_t . h_t, per channel.
+
+    Args:
+        x, steps: `[batch, length, channels]`; step sizes are not negative.
+        rates: `[channels, state]`, negative.
+        inputs, outputs: the paper's B and C, `[batch, length, state]`, which all channels share.
+        chunk: positions that are computed at once; their states are computed again for the gradient.
+
+    Returns:
+        y, in fp32, of x's shape.
+    """
+    state = rates.new_zeros(x.shape[0], *rates.shape, dtype=torch.float32)
+    pieces = []
+    for parts in zip(*(each.float().split(chunk, 1) for each in (x, steps, inputs, outputs)), strict=True):
+        piece, state = checkpoint(_chunk_of_channels, state, rates.float(), *parts, use_reentrant=False)
+        pieces.append(piece)
+    return torch.cat(pieces, 1)
+
+
+def _chunk_of_channels(
+    state: Tensor, rates: Tensor, x: Tensor, steps: Tensor, given: Tensor, read: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(outputs of one chunk, the state behind it)."""
+    # [batch, length, channels, state]
+    decay = (steps[..., None] * rates).exp()
+    states = (steps * x)[..., None] * given[:, :, None]
+    reach = 1
+    # After each round, `states` holds what the last 2 x `reach` positions have written, `decay` their decays' product.
+    while reach < x.shape[1]:
+        states = torch.cat([states[:, :reach], states[:, reach:] + decay[:, reach:] * states[:, :-reach]], 1)
+        decay = torch.cat([decay[:, :reach], decay[:, reach:] * decay[:, :-reach]], 1)
+        reach *= 2
+    states = states + decay * state[:, None]
+    return torch.einsum("blcn,bln->blc", states, read), states[:, -1]
+
+
 def gated_delta_rule(
     queries: Tensor, keys: Tensor, values: Tensor, decays: Tensor, rates: Tensor, *, chunk: int = 64
 ) -> Tensor:
     """The gated delta rule, many positions at a time (arXiv:2412.06464, section 3.3).
 
-    Per head, S_t = exp(decay_t) (S_{t-1} - rate_t k_t k_t^T S_{t-1}) + rate_t k_t v_t^T, with the decay inside both
-    terms of S_{t-1}, and o_t = S_t^T q_t / sqrt(channels of a key).
+    Per head, S_t = exp(decay_t) (1 - rate_t k_t k_t^T) S_{t-1} + rate_t k_t v_t^T and
+    o_t = S_t^T q_t / sqrt(channels of a key).
 
     Args:
         queries, keys: `[batch, length, heads, channels]`, keys of length one.

@@ -1,5 +1,6 @@
 """The layers of hybrid models in the layer spec `torch`: PyTorch's modules in Megatron-Core's hybrid stack."""
 
+import dataclasses
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -13,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron.bridge.models.layer_specs.mamba_mixer import TorchMambaMixer
+from megatron.bridge.models.layer_specs.mamba_mixer import CONVOLUTION_KEYS
 from megatron.bridge.models.layer_specs.norms import torch_norm
 from megatron.bridge.models.layer_specs.torch_spec import refuse_unsupported, with_torch_modules
 
@@ -27,14 +28,16 @@ class TorchHybridStack(HybridStack):
         self.post_layer_norm = True
         if self.post_process:
             self.final_norm = torch_norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon)
+            # What the layers add up may be in fp32, the weights behind it are not.
+            self.final_norm.register_forward_hook(lambda norm, inputs, output: output.to(norm.weight.dtype))
 
 
-def build_hybrid(config: TransformerConfig, mixer: dict[str, Any]) -> ModuleSpec:
+def build_hybrid(config: TransformerConfig, mixer: ModuleSpec) -> ModuleSpec:
     """The stack's spec. A norm is keyed as part of the projection behind it, as in Megatron-Core's checkpoints.
 
     Args:
         config: the finished config of the model.
-        mixer: further arguments of the state-space layers' mixer.
+        mixer: of the state-space layers, without its projections.
 
     Raises:
         BridgeError: names each field of the config that these modules cannot honour, and what to set instead.
@@ -69,15 +72,15 @@ def _parts(config: TransformerConfig, experts: int | None) -> TransformerLayerSu
     return with_torch_modules(parts, config)
 
 
-def _mamba_layer(mixer: dict[str, Any]) -> ModuleSpec:
+def _mamba_layer(mixer: ModuleSpec) -> ModuleSpec:
     projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             norm=torch_norm,
-            mixer=ModuleSpec(module=TorchMambaMixer, params=mixer, submodules=projections),
+            mixer=dataclasses.replace(mixer, submodules=projections),
             mamba_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_", **CONVOLUTION_KEYS},
         ),
     )
 

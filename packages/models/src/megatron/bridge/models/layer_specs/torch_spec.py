@@ -8,11 +8,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.layer_specs.decoder_block import stock_block, with_layers
+from megatron.bridge.models.layer_specs.biased_experts import with_fresh_outputs
+from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts, stock_block, with_layers
 from megatron.bridge.models.layer_specs.gated_attention import GatedSelfAttention
 from megatron.bridge.models.layer_specs.linear_attention import with_linear_attention
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
+from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 
 # What the modules here cannot do: config field -> (the values that they can, what to do about another).
 _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
@@ -20,7 +22,7 @@ _SUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "persist_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "memory_efficient_layer_norm": ((False,), "it chooses a CUDA kernel of Apex; set it to False"),
     "apply_query_key_layer_scaling": ((False,), "scores are in fp32 here, which it is for; set it to False"),
-    "softmax_type": (("vanilla",), "use layer_spec='transformer_engine'"),
+    "softmax_type": (("vanilla", "learnable"), "use layer_spec='transformer_engine'"),
     "qk_clip": ((False,), "use layer_spec='transformer_engine'"),
 }
 
@@ -64,7 +66,8 @@ def refuse_unsupported(config: TransformerConfig, *, context_parallel: bool = Fa
 def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerConfig) -> TransformerLayerSubmodules:
     """A stock layer's parts with PyTorch's norms and attention."""
     attention = layer.self_attention
-    modules = dataclasses.replace(attention.submodules, core_attention=SDPAttention)
+    core = SDPAttention if config.softmax_type == "vanilla" else VariantAttention
+    modules = dataclasses.replace(attention.submodules, core_attention=core)
     if config.qk_layernorm and not config.qk_l2_norm:
         norms = ("q_layernorm", "kv_layernorm" if config.multi_latent_attention else "k_layernorm")
         present = {name: torch_norm for name in norms if getattr(modules, name) is not IdentityOp}
@@ -72,6 +75,9 @@ def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerCon
     attention = dataclasses.replace(attention, submodules=modules)
     if config.attention_output_gate:
         attention = dataclasses.replace(attention, module=GatedSelfAttention)
+    mlp = layer.mlp
+    if config.add_bias_linear and is_mixture_of_experts(layer):
+        mlp = with_fresh_outputs(mlp)
     return dataclasses.replace(
-        layer, input_layernorm=torch_norm, pre_mlp_layernorm=torch_norm, self_attention=attention
+        layer, input_layernorm=torch_norm, pre_mlp_layernorm=torch_norm, self_attention=attention, mlp=mlp
     )
