@@ -139,14 +139,15 @@ def offline(kind: str, folder: str, target: str) -> None:
 
     torch.set_num_threads(1)
     name, _, workers = kind.partition("-")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF)
     if name == "copy":
         seconds = copy(Path(folder), Path(target))
     else:
         convert = {"import": import_checkpoint, "export": export_checkpoint}[name]
         seconds, _ = timed(lambda: convert(folder, target, workers=int(workers)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak": peak, "imports": before}))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": after.ru_maxrss, "imports": before.ru_maxrss}))
 
 
 def measure_offline(size: str, repeat: int, scratch: Path) -> None:
@@ -181,11 +182,11 @@ def report_offline(nbytes: int, runs: dict[str, list[dict[str, float]]]) -> None
         for kind, results in runs.items()
     }
     print(f"model: {nbytes / 1e9:.2f} GB bf16; medians of {len(runs['copy'])} runs")
-    print(f"{'':10}{'seconds':>9}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}{'imports':>9}")
+    print(f"{'':10}{'seconds':>9}{'GB/s':>7}{'of copy':>9}{'CPU s':>7}{'peak GB':>9}{'imports':>9}")
     for kind, figures in median.items():
         seconds, peak, imports = figures["seconds"], figures["peak"] * 1024 / 1e9, figures["imports"] * 1024 / 1e9
         speed, share = nbytes / 1e9 / seconds, median["copy"]["seconds"] / seconds
-        print(f"{kind:10}{seconds:9.2f}{speed:7.2f}{share:9.0%}{peak:9.2f}{imports:9.2f}")
+        print(f"{kind:10}{seconds:9.2f}{speed:7.2f}{share:9.0%}{figures['cpu']:7.2f}{peak:9.2f}{imports:9.2f}")
 
 
 def run_child(kind: str, folder: Path, target: Path) -> dict[str, float]:

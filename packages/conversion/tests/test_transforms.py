@@ -89,6 +89,17 @@ def test_inverse_undoes_forward(case):
         assert torch.equal(back, tensor)
 
 
+@given(cases())
+@settings(deadline=None)
+def test_a_weight_that_stands_in_the_result_as_it_is_stands_where_it_says(case):
+    transform, hf, shape = case
+    megatron = transform.forward([InMemory(tensor) for tensor in hf], whole(shape))
+    regions = transform.regions(shape)
+    assert (regions is None) == (not isinstance(transform, Identity | Concatenate | PadRows))
+    for region, tensor in zip(regions or [], hf, strict=regions is not None):
+        assert torch.equal(megatron[tuple(slice(*bounds) for bounds in region)], tensor)
+
+
 @given(cases(), st.data())
 @settings(deadline=None)
 def test_any_region_alone_is_that_region_of_the_whole(case, data):

@@ -136,6 +136,8 @@ def test_inspect_shows_the_plan_of_either_side(folder, checkpoint, capsys):
         "shape": [64, 32],
         "dtype": "bfloat16",
         "nbytes": 64 * 32 * 2,
+        "owner": "stage 0",
+        "local_nbytes": 64 * 32 * 2,
     }
     held = {name for row in tables[0] for name in row["hf"]}
     assert held == load_file(folder / "model.safetensors").keys()
@@ -143,6 +145,18 @@ def test_inspect_shows_the_plan_of_either_side(folder, checkpoint, capsys):
     text = capsys.readouterr().out
     assert all(f"model.layers.*.self_attn.{p}_proj.weight" in text for p in "qkvo")
     assert text.splitlines()[-1].startswith(f"{len(rows)} Megatron weights")
+
+
+def test_inspect_tells_who_holds_what(folder, capsys):
+    assert run(["inspect", str(folder), "--tp", "2", "--pp", "2", "--json"]) == 0
+    rows = {row["megatron"]: row for row in json.loads(capsys.readouterr().out)}
+    qkv = rows["decoder.layers.1.self_attention.linear_qkv.weight"]
+    assert (qkv["owner"], qkv["local_nbytes"]) == ("stage 1", qkv["nbytes"] // 2)
+    assert rows["embedding.word_embeddings.weight"]["owner"] == "stage 0 and 1"  # tied
+    norm = rows["decoder.final_layernorm.weight"]
+    assert (norm["owner"], norm["local_nbytes"]) == ("stage 1", norm["nbytes"])
+    assert run(["inspect", str(folder), "--pp", "3"]) == 1
+    assert "2 layers cannot be divided evenly over 3" in capsys.readouterr().err
 
 
 def test_inspect_refuses_what_cannot_be_converted(folder, tmp_path, capsys):

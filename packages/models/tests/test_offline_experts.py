@@ -29,15 +29,17 @@ TP, PP, EP, ETP = (
 LAYOUTS = {"single": (1, {}), "ep2": (2, {EP: 2}), "etp2": (2, {ETP: 2}), "tp2ep2": (4, {TP: 2, EP: 2})}
 
 
-def _configs():
-    """The configurations of `test_moe_families`, so that a new family is tested here too."""
-    spec = importlib.util.spec_from_file_location("moe_families", Path(__file__).with_name("test_moe_families.py"))
+def _configs(area):
+    """The configurations of another test file."""
+    spec = importlib.util.spec_from_file_location(area, Path(__file__).with_name(f"test_{area}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.CONFIGS
 
 
-CONFIGS = _configs()
+CONFIGS = _configs("moe_families")
+# Norms that move to another module from layer to layer, latent attention.
+CONFIGS |= {"afmoe": _configs("further_moe_families")["afmoe"], "mla": _configs("latent_families")["deepseek-v3"]}
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +169,16 @@ def test_experts_that_the_configuration_does_not_describe_are_refused(folders, t
     config = AutoBridge.from_hf_pretrained(folder).hf_config
     config.moe_intermediate_size = 48
     refused(changed(folder, tmp_path / "wide", weights, config), tmp_path / "out", "moe_ffn_hidden_size is 48")
+
+
+@pytest.mark.parametrize(
+    ("area", "name", "culprit"),
+    [
+        ("hybrid_families", "mamba2", r"mixer\.in_proj"),
+        ("hybrid_families", "qwen3.5", r"self_attention\.in_proj"),
+        ("t5_families", "t5", r"cross_attention"),
+    ],
+)
+def test_models_that_megatron_core_stores_otherwise_are_refused(tmp_path, area, name, culprit):
+    save_random_model(_configs(area)[name], tmp_path / "hf")
+    refused(tmp_path / "hf", tmp_path / "out", rf"cannot place .*{culprit}.*without --offline")

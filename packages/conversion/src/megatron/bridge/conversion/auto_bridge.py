@@ -81,13 +81,19 @@ class AutoBridge:
 
     @classmethod
     def from_megatron_checkpoint(cls, path: str | Path, *, trust_remote_code: bool = False) -> "AutoBridge":
-        """The bridge of a Megatron checkpoint that this library wrote; it keeps the Hugging Face files beside it.
+        """The bridge of a Megatron checkpoint.
+
+        Those that this library wrote hold the Hugging Face files. Of one that Megatron-LM's own training wrote the
+        configuration is derived from the run's arguments; it has no tokenizer.
 
         Raises:
-            BridgeError: no checkpoint there, or one without them.
+            BridgeError: no checkpoint there, or one that does not tell which model it is.
         """
-        from megatron.bridge.conversion.megatron_checkpoint import hf_files
+        from megatron.bridge.conversion.megatron_checkpoint import hf_files, holds_hf_files
+        from megatron.bridge.conversion.megatron_lm import derived_hf_config
 
+        if not holds_hf_files(path) and (config := derived_hf_config(path)) is not None:
+            return cls.from_hf_config(config)
         return cls.from_hf_pretrained(hf_files(path), trust_remote_code=trust_remote_code)
 
     @classmethod

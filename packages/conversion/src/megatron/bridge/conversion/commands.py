@@ -8,23 +8,7 @@ from typing import Any
 
 import click
 
-
-def layout_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the parallel layout, shared by commands that build a model."""
-    options = (
-        click.option("--tp", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks."),
-        click.option("--pp", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages."),
-        click.option("--vpp", type=click.IntRange(2), help="Virtual pipeline stages per stage."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def layout_fields(tp: int, pp: int, vpp: int | None) -> dict[str, Any]:
-    """The provider fields of a layout."""
-    fields: dict[str, Any] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    return fields | ({"virtual_pipeline_model_parallel_size": vpp} if vpp else {})
+from megatron.bridge.conversion.layout_options import layout_options, ranks_of
 
 
 def offline_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,19 +38,17 @@ def convert() -> None:
 def import_command(
     hf_model: str,
     megatron_path: Path,
-    tp: int,
-    pp: int,
-    vpp: int | None,
+    layout: dict[str, int],
     offline: bool,
     workers: int | None,
     **options: Any,
 ) -> None:
     """Convert HF_MODEL (folder or hub id) to a Megatron checkpoint at MEGATRON_PATH.
 
-    The checkpoint loads at any layout; --tp and --pp only spread the work over processes of this machine, --workers
-    over threads.
+    The checkpoint loads at any layout; --tp, --pp and --ep only spread the work over processes of this machine,
+    --workers over threads.
     """
-    _refuse_contradiction(offline, workers, tp, pp, vpp)
+    _refuse_contradiction(offline, workers, layout)
     _refuse_existing_checkpoint(megatron_path, options["overwrite"])
     started = time.perf_counter()
     if offline:
@@ -74,7 +56,7 @@ def import_command(
 
         import_checkpoint(hf_model, megatron_path, workers=workers or 1, **options)
     else:
-        _run(tp * pp, _import, hf_model, megatron_path, options | layout_fields(tp, pp, vpp))
+        _run(ranks_of(layout), _import, hf_model, megatron_path, options | layout)
     _say(f"{hf_model} -> {megatron_path} in {time.perf_counter() - started:.1f} s")
 
 
@@ -83,29 +65,32 @@ def import_command(
 @click.argument("hf_path", type=click.Path(path_type=Path))
 @layout_options
 @offline_options
-@click.option("--hf-model", help="Which Hugging Face model it is, for checkpoints that do not say.")
+@click.option(
+    "--hf-model",
+    "--hf-config",
+    "hf_model",
+    help="Which Hugging Face model it is (a folder with its config.json will do), for checkpoints that do not say.",
+)
 @click.option("--quantization", help="Write linear layers in few bits: fp8-block. The default is full precision.")
 @click.option("--overwrite", is_flag=True, help="Replace a Hugging Face folder that is there.")
 def export_command(
     megatron_path: Path,
     hf_path: Path,
-    tp: int,
-    pp: int,
-    vpp: int | None,
+    layout: dict[str, int],
     offline: bool,
     workers: int | None,
     hf_model: str | None,
     **options: Any,
 ) -> None:
     """Convert the Megatron checkpoint at MEGATRON_PATH to a complete Hugging Face folder HF_PATH."""
-    _refuse_contradiction(offline, workers, tp, pp, vpp)
+    _refuse_contradiction(offline, workers, layout)
     started = time.perf_counter()
     if offline:
         from megatron.bridge.conversion.offline import export_checkpoint
 
         export_checkpoint(megatron_path, hf_path, hf_model=hf_model, workers=workers or 1, **options)
     else:
-        _run(tp * pp, _export, megatron_path, hf_path, hf_model, options | layout_fields(tp, pp, vpp))
+        _run(ranks_of(layout), _export, megatron_path, hf_path, hf_model, options | layout)
     _say(f"{megatron_path} -> {hf_path} in {time.perf_counter() - started:.1f} s")
 
 
@@ -128,13 +113,17 @@ def diff_command(first: Path, second: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model")
+@layout_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one entry per weight.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the configuration code that the model ships.")
-def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
-    """Show what becomes what: MODEL is a Hugging Face folder, a hub id or a Megatron checkpoint."""
+def inspect(model: str, as_json: bool, trust_remote_code: bool, layout: dict[str, int]) -> None:
+    """Show what becomes what, and which ranks of a layout hold it.
+
+    MODEL is a Hugging Face folder, a hub id or a Megatron checkpoint.
+    """
     from megatron.bridge.conversion import inspection
 
-    rows = inspection.inspect_plan(model, trust_remote_code=trust_remote_code)
+    rows = inspection.inspect_plan(model, trust_remote_code=trust_remote_code, layout=layout)
     click.echo(json.dumps(inspection.as_json(rows), indent=2) if as_json else inspection.as_table(rows))
     if not as_json:
         click.echo(f"{len(rows)} Megatron weights, {sum(row.nbytes for row in rows) / 1e9:.3f} GB")
@@ -149,9 +138,7 @@ def inspect(model: str, as_json: bool, trust_remote_code: bool) -> None:
 def verify(
     hf_folder: Path,
     megatron_path: Path | None,
-    tp: int,
-    pp: int,
-    vpp: int | None,
+    layout: dict[str, int],
     layer_spec: str | None,
     certificate: Path | None,
 ) -> None:
@@ -159,13 +146,13 @@ def verify(
 
     Exits with 1 when they differ.
     """
-    result = _run(tp * pp, _verify, hf_folder, megatron_path, layer_spec, layout_fields(tp, pp, vpp))
+    result = _run(ranks_of(layout), _verify, hf_folder, megatron_path, layer_spec, layout)
     if result is None:  # another rank than the one that speaks
         return
     if certificate is not None:
         certificate.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     same = result.weights_compared - len(result.weights_differing)
-    _say(f"weights: {same} of {result.weights_compared} bitwise equal")
+    _say(f"weights: {same} of {result.weights_compared} bitwise equal, {result.bytes_compared:,} bytes")
     _say(f"logits:  largest difference {result.logit_difference:.2e} (allowed {result.logit_tolerance:.0e})")
     result.refuse_failure()
 
@@ -209,9 +196,11 @@ def _verify(hf_folder: Path, megatron_path: Path | None, layer_spec: str | None,
     return result if is_rank_zero() else None
 
 
-def _refuse_contradiction(offline: bool, workers: int | None, tp: int, pp: int, vpp: int | None) -> None:
-    if offline and (tp > 1 or pp > 1 or vpp):
-        raise click.UsageError("--offline uses no ranks (the result loads at any layout): leave out --tp, --pp, --vpp")
+def _refuse_contradiction(offline: bool, workers: int | None, layout: dict[str, int]) -> None:
+    if offline and any(size > 1 for size in layout.values()):
+        raise click.UsageError(
+            "--offline uses no ranks (the result loads at any layout): leave out --tp, --pp, --vpp, --ep and --etp"
+        )
     if workers and not offline:
         raise click.UsageError("--workers goes with --offline; without it, --tp and --pp spread the work")
 

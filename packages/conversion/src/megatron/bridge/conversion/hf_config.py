@@ -36,7 +36,8 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> "Pret
     _import_family_of_unknown_model(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    # Its validators and remote code raise what they like.
+    except Exception as error:
         raise BridgeError(f"{path} cannot be read as a model configuration: {error}") from error
     return config
 
@@ -64,12 +65,12 @@ def architecture(config: "PretrainedConfig") -> str:
     Raises:
         BridgeError: it states none, or several.
     """
-    names = list(config.architectures or ())
-    if len(names) != 1:
+    names = config.architectures or []
+    if not isinstance(names, list | tuple) or len(names) != 1 or not isinstance(names[0], str):
         raise BridgeError(
             f'config.json must name one architecture, e.g. "architectures": ["LlamaForCausalLM"]; it names {names}'
         )
-    return str(names[0])
+    return names[0]
 
 
 def head_dim(config: "PretrainedConfig") -> int:

@@ -2,19 +2,37 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from megatron.bridge.conversion.entries import base_name
+from megatron.bridge.conversion.owners import owners
 from megatron.bridge.conversion.plan import Plan
 from megatron.bridge.conversion.transforms import Shape
 
+_COLUMNS: tuple[str, ...] = (
+    "MEGATRON",
+    "HUGGING FACE",
+    "TRANSFORM",
+    "SHARDS",
+    "SHAPE",
+    "DTYPE",
+    "COUNT",
+    "BYTES",
+    "OWNER",
+    "BYTES PER RANK",
+)
 _LONGEST = 100  # characters of a transform's or shard rule's values that are shown
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One Megatron weight of a plan; `nbytes` as the side that was inspected holds it, low-bit weights decoded."""
+    """One Megatron weight of a plan.
+
+    `nbytes` are as the side that was inspected holds it, low-bit weights decoded; `owner` names the ranks that hold it
+    at the layout asked for, each `local_nbytes` of it.
+    """
 
     megatron: str
     hf: tuple[str, ...]
@@ -23,13 +41,22 @@ class PlanRow:
     shape: Shape
     dtype: str
     nbytes: int
+    owner: str
+    local_nbytes: int
 
 
-def inspect_plan(path: str | Path, *, trust_remote_code: bool = False) -> list[PlanRow]:
+def inspect_plan(
+    path: str | Path, *, trust_remote_code: bool = False, layout: Mapping[str, int] | None = None
+) -> list[PlanRow]:
     """The proven plan of a Hugging Face folder (or hub id) or a Megatron checkpoint. Reads no weights.
 
+    Args:
+        path: what to inspect.
+        trust_remote_code: run the configuration code that the model ships.
+        layout: provider fields of the layout whose owners are told; None is a single rank.
+
     Raises:
-        BridgeError: neither, or some weight on either side is unaccounted for.
+        BridgeError: neither, some weight on either side is unaccounted for, or the layout does not fit.
     """
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.offline.exporter import offline_export_plan
@@ -38,11 +65,11 @@ def inspect_plan(path: str | Path, *, trust_remote_code: bool = False) -> list[P
     if is_megatron(path):
         bridge = AutoBridge.from_megatron_checkpoint(path, trust_remote_code=trust_remote_code)
         plan, weights = offline_export_plan(bridge, path)
-        return _rows(plan, {item.megatron: weights[item.megatron].dtype for item in plan})
+        return _rows(plan, {item.megatron: weights[item.megatron].dtype for item in plan}, layout or {})
     bridge = AutoBridge.from_hf_pretrained(path, trust_remote_code=trust_remote_code)
     plan = offline_import_plan(bridge)
     held = bridge.stored_weights.dtypes
-    return _rows(plan, {item.megatron: held[base_name(item.hf[0])] for item in plan})
+    return _rows(plan, {item.megatron: held[base_name(item.hf[0])] for item in plan}, layout or {})
 
 
 def is_megatron(path: str | Path) -> bool:
@@ -55,7 +82,8 @@ def is_megatron(path: str | Path) -> bool:
     return folder.is_dir() and any(folder.glob("*.distcp"))
 
 
-def _rows(plan: Plan, dtypes: Mapping[str, Any]) -> list[PlanRow]:
+def _rows(plan: Plan, dtypes: Mapping[str, Any], layout: Mapping[str, int]) -> list[PlanRow]:
+    owner = owners(plan, layout)
     return [
         PlanRow(
             item.megatron,
@@ -65,6 +93,8 @@ def _rows(plan: Plan, dtypes: Mapping[str, Any]) -> list[PlanRow]:
             item.shape,
             str(dtypes[item.megatron]).removeprefix("torch."),
             item.numel * dtypes[item.megatron].itemsize,
+            str(owner[item.megatron]),
+            prod(owner[item.megatron].local_shape) * dtypes[item.megatron].itemsize,
         )
         for item in plan
     ]
@@ -87,17 +117,19 @@ def as_table(rows: Iterable[PlanRow]) -> str:
 
     merged: dict[tuple[Any, ...], list[PlanRow]] = {}
     for row in rows:
-        key = (skeleton(row.megatron), *map(skeleton, row.hf), row.transform, row.shard, row.shape, row.dtype)
+        names = skeleton(row.megatron), *map(skeleton, row.hf)
+        key = (*names, row.transform, row.shard, row.shape, row.dtype, row.owner)
         merged.setdefault(key, []).append(row)
-    lines = [("MEGATRON", "HUGGING FACE", "TRANSFORM", "SHARDS", "SHAPE", "DTYPE", "COUNT", "BYTES")]
+    lines: list[tuple[str, ...]] = [_COLUMNS]
     for same in merged.values():
-        first, total = same[0], sum(row.nbytes for row in same)
+        first, total, local = same[0], sum(row.nbytes for row in same), sum(row.local_nbytes for row in same)
         name, *hf = (skeleton(each).replace("#", "*") for each in (first.megatron, *first.hf))
         if len(same) == 1:
             name, *hf = first.megatron, *first.hf
         shape = "x".join(map(str, first.shape))
-        lines.append((name, hf[0], first.transform, first.shard, shape, first.dtype, str(len(same)), f"{total:,}"))
-        lines += [("", other, "", "", "", "", "", "") for other in hf[1:]]
+        counts = str(len(same)), f"{total:,}", first.owner, f"{local:,}"
+        lines.append((name, hf[0], first.transform, first.shard, shape, first.dtype, *counts))
+        lines.extend(("", other, *[""] * (len(_COLUMNS) - 2)) for other in hf[1:])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

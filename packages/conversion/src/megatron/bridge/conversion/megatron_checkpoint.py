@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HF_FILES = "hf"
 # What a checkpoint may hold that a loader of weights alone leaves unread.
-BESIDES_WEIGHTS = ("optimizer.", "rng_state")
+BESIDES_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 
 
 def save_model(bridge: "AutoBridge", model: Model, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -59,6 +59,11 @@ def describing_files(bridge: "AutoBridge", scratch: Path) -> Path:
     return folder
 
 
+def holds_hf_files(path: str | Path) -> bool:
+    """Whether a checkpoint holds the Hugging Face files that describe it."""
+    return (dist_checkpoint.resolve(path) / HF_FILES / "config.json").is_file()
+
+
 def hf_files(path: str | Path) -> Path:
     """The Hugging Face files inside a checkpoint.
 
@@ -66,7 +71,7 @@ def hf_files(path: str | Path) -> Path:
         BridgeError: no checkpoint there, or one that holds none.
     """
     folder = dist_checkpoint.resolve(path) / HF_FILES
-    if not (folder / "config.json").is_file():
+    if not holds_hf_files(path):
         raise BridgeError(
             f"the checkpoint {folder.parent} does not say which Hugging Face model it is (no {HF_FILES}/config.json); "
             "use AutoBridge.from_hf_pretrained(MODEL) and load_megatron_model(path)"

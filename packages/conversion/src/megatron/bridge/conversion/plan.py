@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 
 from megatron.bridge.conversion.entries import without_entries
@@ -23,7 +22,8 @@ class PlanError(BridgeError):
 class PlanItem:
     """One Megatron weight with the Hugging Face weights (or entries of stacked ones) it is made of.
 
-    `shape` is the global shape, before tensor parallelism; `hf_shapes` follow `hf`.
+    `shape` is the global shape, before tensor parallelism; `hf_shapes` follow `hf`; `indices` are the layer, expert and
+    so on at which the rule was met.
     """
 
     megatron: str
@@ -31,16 +31,12 @@ class PlanItem:
     hf: tuple[str, ...]
     hf_shapes: tuple[Shape, ...]
     rule: WeightRule
+    indices: Indices = field(compare=False)
 
     @property
     def numel(self) -> int:
         """Elements of the global Megatron weight."""
         return prod(self.shape)
-
-    @cached_property
-    def indices(self) -> Indices:
-        """The layer, expert and so on at which the rule was met."""
-        return self.rule.pattern.match(self.megatron) or {}
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,8 @@ def _join(table: WeightTable, megatron: Mapping[str, Shape], problems: _Problems
             continue
         rule, indices = met
         used.add(rule.tree or rule.megatron)
-        items.append(PlanItem(name, shape, rule.hf_for(indices), tuple(rule.transform.hf_shapes(shape)), rule))
+        hf, hf_shapes = rule.hf_for(indices), tuple(rule.transform.hf_shapes(shape))
+        items.append(PlanItem(name, shape, hf, hf_shapes, rule, indices))
     for rule in table.rules:
         if rule.megatron not in used and not rule.optional:
             problems.add(_UNUSED_RULE, f"{rule.megatron} <- {', '.join(rule.hf_names)}")

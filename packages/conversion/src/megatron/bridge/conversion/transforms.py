@@ -74,6 +74,13 @@ class Transform(ABC):
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         """The Hugging Face tensors of a whole Megatron tensor (views where possible)."""
 
+    def regions(self, megatron: Shape) -> list[Region] | None:
+        """The region of a Megatron tensor of this shape that each Hugging Face tensor is, as it stands there.
+
+        None for a transform that rearranges; its tensors come of `inverse` only.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Identity(Transform):
@@ -90,6 +97,9 @@ class Identity(Transform):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return [megatron]
+
+    def regions(self, megatron: Shape) -> list[Region] | None:
+        return [whole(megatron)]
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,11 @@ class Concatenate(Transform):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return list(megatron.chunk(self.count, self.axis))
+
+    def regions(self, megatron: Shape) -> list[Region] | None:
+        size = megatron[self.axis] // self.count
+        starts = range(0, size * self.count, size) if size else [0] * self.count
+        return [_on_axis(whole(megatron), self.axis, start, start + size) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,9 @@ class PadRows(Transform):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return [megatron[: self.rows]]
+
+    def regions(self, megatron: Shape) -> list[Region] | None:
+        return [_on_axis(whole(megatron), 0, 0, self.rows)]
 
 
 @dataclass(frozen=True)

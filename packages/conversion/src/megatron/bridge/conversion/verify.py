@@ -1,5 +1,6 @@
 """Verification: the two sides compared, weight by weight and logit by logit, with the figures to show for it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from megatron.bridge.conversion.live import Model
-    from megatron.bridge.conversion.weight_source import StoredWeights
 
 # Largest |difference| / largest |reference| that counts as the same function, by parameter dtype. In fp32 it leaves
 # room for another order of summation; bf16 and fp16 have 8 and 11 bits.
@@ -31,8 +31,14 @@ class VerificationError(BridgeError):
 class Certificate:
     """What was compared and what came out.
 
-    `logit_difference` is max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
-    `low_bit` is how the folder's weights are quantised; both sides then had the weights that they stand for.
+    Args:
+        model: the Hugging Face folder.
+        megatron: the checkpoint it was compared with; None for a model built from the folder itself.
+        weights_differing: names of weights that differ in a bit, in shape or dtype, or stand on one side only.
+        digests: SHA-256 over names, dtypes, shapes and bytes of the compared weights in order, of either side.
+        logit_difference: max|ours - reference| / max|reference| over all positions and tokens of the vocabulary.
+        tokens_compared: positions whose logits were compared.
+        low_bit: how the folder's weights are quantised; both sides then had the weights that they stand for.
     """
 
     model: str
@@ -44,6 +50,10 @@ class Certificate:
     weights_differing: tuple[str, ...]
     logit_difference: float
     logit_tolerance: float
+    megatron: str | None = None
+    bytes_compared: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
+    tokens_compared: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     low_bit: str | None = None
 
@@ -52,9 +62,21 @@ class Certificate:
         """Every weight bitwise equal and the logits within tolerance."""
         return not self.weights_differing and self.logit_difference <= self.logit_tolerance
 
+    @property
+    def proven(self) -> list[str]:
+        """What was found to hold, in words."""
+        found = []
+        if not self.weights_differing:
+            found.append(f"all {self.weights_compared} weights ({self.bytes_compared:,} bytes) are bitwise equal")
+        if self.logit_difference <= self.logit_tolerance:
+            found.append(
+                f"logits of {self.tokens_compared} tokens agree within {self.logit_tolerance:.0e} of the largest"
+            )
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """The certificate as plain values."""
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "proven": self.proven}
 
     def refuse_failure(self) -> None:
         """Raise when the two sides differ.
@@ -132,24 +154,28 @@ def verify(
             model = bridge.to_megatron_model(**options)
         else:
             model = bridge.load_megatron_model(megatron_path, **options)
-    compared, differing, dtype = _compare_weights(bridge, model)
+    weights = _compare_weights(bridge, model)
     quantization = quantization_config(bridge.source)  # type: ignore[arg-type]
-    reference = reference_model(folder, dtype, None if quantization is None else _decoded(bridge))
+    reference = reference_model(folder, weights.dtype, None if quantization is None else _decoded(bridge))
     given = probe(bridge.model_bridge, reference).to(platform.device())
     expected = logits_of(reference, given.tokens, given.inputs)
     ours = megatron_logits(model, given.tokens, given.inputs)[..., : expected.shape[-1]]
     difference = relative_difference(ours, expected)
-    name = str(dtype).removeprefix("torch.")
+    name = str(weights.dtype).removeprefix("torch.")
     return Certificate(
         model=str(folder),
         architecture=bridge.hf_config.architectures[0],
         layout=dict(layout),
         layer_spec=getattr(as_chunks(model)[0], "layer_spec", None),
         dtype=name,
-        weights_compared=compared,
-        weights_differing=tuple(differing),
+        megatron=None if megatron_path is None else str(megatron_path),
+        weights_compared=weights.count,
+        bytes_compared=weights.nbytes,
+        weights_differing=tuple(weights.differing),
+        digests={"hugging_face": weights.theirs.hexdigest(), "megatron": weights.ours.hexdigest()},
         logit_difference=difference,
         logit_tolerance=LOGIT_TOLERANCE[name],
+        tokens_compared=given.tokens.numel(),
         versions=_versions(),
         low_bit=None if quantization is None else str(quantization["quant_method"]),
     )
@@ -160,27 +186,58 @@ def _decoded(bridge: AutoBridge) -> "dict[str, torch.Tensor]":
     return {name: source.read(name, whole(shape)) for name, shape in source.shapes.items()}
 
 
-def _compare_weights(bridge: AutoBridge, model: "Model") -> "tuple[int, list[str], torch.dtype]":
-    """(weights compared, those that differ or stand on one side only, dtype). Bitwise, dtype included."""
+@dataclass
+class _Comparison:
+    """The weights of two sides, one after another. Bitwise; dtype and shape included."""
+
+    dtype: "torch.dtype"
+    count: int = 0
+    nbytes: int = 0
+    differing: list[str] = field(default_factory=list)
+    theirs: Any = field(default_factory=hashlib.sha256)
+    ours: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, name: str, ours: "torch.Tensor", theirs: "torch.Tensor | None", *, digest: bool) -> None:
+        """Compare a weight; `digest` sums both up (one rank does: it takes longer than the comparison)."""
+        self.count += 1
+        self.nbytes += ours.nbytes
+        if theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype) or not _same_bits(ours, theirs):
+            self.differing.append(name)
+        for side, tensor in ((self.ours, ours), (self.theirs, theirs)):
+            if digest and tensor is not None:
+                side.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                side.update(_bits(tensor).numpy().data)
+
+
+def _bits(tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _same_bits(one: "torch.Tensor", two: "torch.Tensor") -> bool:
+    return bool(_bits(one).equal(_bits(two)))
+
+
+def _compare_weights(bridge: AutoBridge, model: "Model") -> _Comparison:
+    import torch
+
+    from megatron.bridge import platform
+
     source = bridge.stored_weights
-    differing, seen, dtype = [], set(), torch.float32
+    result, seen = _Comparison(torch.float32), set()
     for name, tensor in bridge.export_hf_weights(model, cpu=True):
         seen.add(name)
-        dtype = tensor.dtype if tensor.is_floating_point() else dtype
-        if not _holds(source, name, tensor):
-            differing.append(name)
+        if tensor.is_floating_point():
+            result.dtype = tensor.dtype
+        stored = source.read(name, whole(source.shapes[name])) if name in source.shapes else None
+        result.add(name, tensor, stored, digest=platform.is_rank_zero())
     table = bridge.weight_table()
     tied = {tie.name for tie in table.tied}
-    differing += [name for name in source.shapes if name not in seen and name not in tied and not table.ignores(name)]
-    return len(seen), differing, dtype
-
-
-def _holds(source: "StoredWeights", name: str, tensor: "torch.Tensor") -> bool:
-    if source.dtypes.get(name) != tensor.dtype or source.shapes[name] != tuple(tensor.shape):
-        return False
-    return source.read(name, whole(source.shapes[name])).equal(tensor)
+    result.differing += [
+        name for name in source.shapes if name not in seen and name not in tied and not table.ignores(name)
+    ]
+    return result
 
 
 def _versions() -> dict[str, str]:

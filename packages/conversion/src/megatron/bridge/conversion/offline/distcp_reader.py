@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,13 @@ from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS
 from megatron.bridge.conversion.offline.keys import Place, stored_weights
 from megatron.bridge.conversion.offline.tensor_archive import read_tensor
 from megatron.bridge.conversion.table import WeightTable
-from megatron.bridge.conversion.transforms import Shape
+from megatron.bridge.conversion.transforms import Region, Shape, whole
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+_MODEL = "model."
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,16 @@ class MegatronWeights(Mapping[str, StoredWeight]):
             ) from error
         # Key and number of leading axes -> the chunks at each of their entries.
         self._by_leading: dict[tuple[str, int], dict[Shape, list[Any]]] = {}
-        found = stored_weights(table, {key: tuple(entry.size) for key, entry in self._entries.items()})
+        # Some versions of Megatron-LM put this before every key of the model.
+        self._prefix = _MODEL if self._entries and all(key.startswith(_MODEL) for key in self._entries) else ""
+        shapes = {key.removeprefix(self._prefix): tuple(entry.size) for key, entry in self._entries.items()}
         self._weights = {
-            name: StoredWeight(place, shape, self._entries[place.key].properties.dtype)
-            for name, (place, shape) in found.items()
+            name: StoredWeight(place, shape, self._entry(place).properties.dtype)
+            for name, (place, shape) in stored_weights(table, shapes).items()
         }
+
+    def _entry(self, place: Place) -> "TensorStorageMetadata":
+        return self._entries[self._prefix + place.key]
 
     def __getitem__(self, name: str) -> StoredWeight:
         return self._weights[name]
@@ -90,8 +98,8 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         names = sorted({info.relative_path for info in self._stored.values()})
         return [self.folder / METADATA_FILE, *(self.folder / name for name in names)]
 
-    def read(self, name: str) -> "torch.Tensor":
-        """A whole weight, on the CPU; memory is that of the weight and of the largest stored chunk it lies in.
+    def read(self, name: str, region: Region | None = None) -> "torch.Tensor":
+        """A weight, or a region of it, on the CPU: a view of one stored chunk where it lies in one, else a copy.
 
         Raises:
             CheckpointError: a chunk is damaged, or the chunks leave a gap.
@@ -99,25 +107,34 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         import torch
 
         weight = self._weights[name]
-        chunks = self._chunks(weight.place)
-        window = _window(weight)
+        own = whole(weight.shape) if region is None else region
+        window: Region = (*((entry, entry + 1) for entry in weight.place.leading), *own)
+        shape = [stop - start for start, stop in own]
         result: torch.Tensor | None = None
         filled = 0
-        for index, chunk in chunks:
+        for index, chunk in self._chunks(weight.place):
             overlap = _overlap(window, tuple(chunk.offsets), tuple(chunk.sizes))
             if overlap is None:
                 continue
             source, target = overlap
             piece = self._load(index, chunk, weight.dtype)[source]
-            if piece.numel() == math.prod(weight.shape):
-                return piece.reshape(weight.shape)
+            if piece.numel() == math.prod(shape):
+                return piece.reshape(shape)
             if result is None:
                 result = torch.empty([stop - start for start, stop in window], dtype=weight.dtype)
             result[target] = piece
             filled += piece.numel()
-        if result is None or filled != math.prod(weight.shape):
-            raise CheckpointError(f"{self.folder} holds {filled} of the {math.prod(weight.shape)} elements of {name}")
-        return result.reshape(weight.shape)
+        if result is None or filled != math.prod(shape):
+            raise CheckpointError(f"{self.folder} holds {filled} of the {math.prod(shape)} elements of {name}")
+        return result.reshape(shape)
+
+    def row_runs(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Rows `start` to `stop` of a weight in runs that its stored chunks do not cross."""
+        place = self._weights[name].place
+        depth = len(place.axes)
+        edges = (edge for _, chunk in self._chunks(place) for edge in _extent(chunk, depth))
+        cuts = [start, *sorted({edge for edge in edges if start < edge < stop}), stop]
+        yield from pairwise(cuts)
 
     def _chunks(self, place: Place) -> list[Any]:
         """(index, chunk) of the stored chunks that hold some of a weight."""
@@ -126,8 +143,11 @@ class MegatronWeights(Mapping[str, StoredWeight]):
         depth = len(place.axes)
         by_leading = self._by_leading.get((place.key, depth))
         if by_leading is None:
-            by_leading = self._by_leading[place.key, depth] = _by_leading(self._entries[place.key].chunks, depth)
-        return [(MetadataIndex(place.key, chunk.offsets), chunk) for chunk in by_leading.get(place.leading, ())]
+            by_leading = self._by_leading[place.key, depth] = _by_leading(self._entry(place).chunks, depth)
+        return [
+            (MetadataIndex(self._prefix + place.key, chunk.offsets), chunk)
+            for chunk in by_leading.get(place.leading, ())
+        ]
 
     def _load(self, index: Any, chunk: Any, dtype: "torch.dtype") -> "torch.Tensor":
         import torch
@@ -184,9 +204,8 @@ def _by_leading(chunks: Iterable[Any], depth: int) -> dict[Shape, list[Any]]:
     return found
 
 
-def _window(weight: StoredWeight) -> tuple[tuple[int, int], ...]:
-    own = tuple((0, size) for size in weight.shape)
-    return (*((entry, entry + 1) for entry in weight.place.leading), *own)
+def _extent(chunk: Any, axis: int) -> tuple[int, int]:
+    return chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
 
 
 def _overlap(window: Any, offsets: Shape, sizes: Shape) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

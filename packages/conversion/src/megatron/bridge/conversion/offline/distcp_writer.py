@@ -17,12 +17,13 @@ from megatron.bridge.conversion.offline.journal import Part
 from megatron.bridge.conversion.offline.keys import Place
 from megatron.bridge.conversion.offline.tensor_archive import write_tensor
 from megatron.bridge.conversion.plan import PlanItem
-from megatron.bridge.conversion.transforms import Region, Shape
+from megatron.bridge.conversion.transforms import Concatenate, Region, Shape
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_BYTES = 64 * 2**20
+# Small enough for the allocator to use the same memory again, and for the processor's cache; large enough for the disk.
+CHUNK_BYTES = 16 * 2**20
 FILE_BYTES = 256 * 2**20
 _BUFFER_BYTES = 2**17  # collects small records; what is larger goes past it
 CORE_METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -71,16 +72,20 @@ class CheckpointFile:
 
 
 def chunks_of(item: PlanItem, place: Place, dtype: "torch.dtype", limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """A weight in runs of rows of at most `limit` bytes (at least one row each)."""
-    rows = item.shape[0] if item.shape else 1
-    pieces = max(1, min(rows, -(-item.numel * dtype.itemsize // limit)))
-    step = max(1, -(-rows // pieces))
-    rest: Region = tuple((0, size) for size in item.shape[1:])
+    """A weight in runs of rows of at most `limit` bytes (at least one row each), none of two Hugging Face weights."""
     if not item.shape:
         yield Chunk(item, place, (), dtype)
         return
-    for start in range(0, max(rows, 1), step):
-        yield Chunk(item, place, ((start, min(start + step, rows)), *rest), dtype)
+    rest: Region = tuple((0, size) for size in item.shape[1:])
+    row_bytes = item.numel * dtype.itemsize // max(item.shape[0], 1)
+    transform = item.rule.transform
+    parts = transform.count if isinstance(transform, Concatenate) and transform.axis == 0 else 1
+    size = item.shape[0] // parts
+    pieces = max(1, -(-size * row_bytes // limit))
+    step = max(1, -(-size // pieces))
+    for first in range(0, max(item.shape[0], 1), max(size, 1)):
+        for start in range(first, first + max(size, 1), step):
+            yield Chunk(item, place, ((start, min(start + step, first + size)), *rest), dtype)
 
 
 def lay_out(chunks: Iterable[Chunk], objects: Mapping[str, Any], limit: int = FILE_BYTES) -> list[CheckpointFile]:

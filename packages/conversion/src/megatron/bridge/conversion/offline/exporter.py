@@ -1,13 +1,13 @@
 """Megatron distributed checkpoint -> Hugging Face folder, file by file."""
 
 import json
+import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial as bound
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
@@ -17,14 +17,15 @@ from megatron.bridge.conversion.hf.background_sync import BackgroundSync
 from megatron.bridge.conversion.hf.names import INDEX
 from megatron.bridge.conversion.hf.shard_files import ShardFile, ShardLayout, TensorSpec, lay_out
 from megatron.bridge.conversion.hf.staging import StagedFolder
-from megatron.bridge.conversion.low_bit.encoders import Encoder, encoder_of
+from megatron.bridge.conversion.low_bit.encoders import Encoder, FullPrecision, encoder_of
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
-from megatron.bridge.conversion.offline.index import refuse_other_model
+from megatron.bridge.conversion.offline.index import configuration_faults, refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
-from megatron.bridge.conversion.offline.keys import refuse_named_blocks
+from megatron.bridge.conversion.offline.keys import refuse_other_forms
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
 from megatron.bridge.conversion.save import config_changes
+from megatron.bridge.conversion.transforms import Region
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +41,13 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
     Raises:
         BridgeError: a damaged checkpoint, or one of another model than the bridge's configuration describes.
     """
-    table, what = bridge.weight_table(), f"export of {path}"
-    refuse_named_blocks(table.rules)
-    weights = MegatronWeights(path, table)
-    plan = export_plan(table, weights.shapes, what)
-    refuse_other_model(plan, bridge.model_bridge, what)
+    what = f"export of {path}"
+    with configuration_faults(what):
+        table = bridge.weight_table()
+        refuse_other_forms(table, what)
+        weights = MegatronWeights(path, table)
+        plan = export_plan(table, weights.shapes, what)
+        refuse_other_model(plan, bridge.model_bridge, what)
     return plan, weights
 
 
@@ -145,7 +148,6 @@ class _Export:
             for output in (output for name in item.hf for output in encoder.outputs(base_name(name))):
                 self._items[file_of[output]][item.megatron] = item
         self._sync = BackgroundSync()
-        self._lock = Lock()
 
     def run(self, workers: int, progress: "Progress | None") -> None:
         """Write the files that are not finished yet."""
@@ -178,15 +180,29 @@ class _Export:
 
         self._sync.submit(finish)
 
-    def _write_item(self, shard: ShardFile, item: PlanItem) -> list[Part]:
+    def _write_item(self, shard: ShardFile, item: PlanItem) -> Iterator[Part]:
         """The weights of an item that this file holds; the others are written with theirs."""
-        parts = []
+        regions = item.rule.transform.regions(item.shape)
+        if regions is not None and isinstance(self._encoder, FullPrecision):
+            for name, region in zip(item.hf, regions, strict=True):
+                if base_name(name) in shard.layout.tensors:
+                    yield from self._write_region(shard, name, item, region)
+            return
         pieces = item.rule.transform.inverse(self._weights.read(item.megatron))
         for name, piece in zip(item.hf, pieces, strict=True):
             outputs = self._encoder.outputs(base_name(name))
             if any(output in shard.layout.tensors for output in outputs):
-                parts += self._write_weight(shard, name, piece.to(self._specs[base_name(name)][1]))
-        return parts
+                yield from self._write_weight(shard, name, piece.to(self._specs[base_name(name)][1]))
+
+    def _write_region(self, shard: ShardFile, name: str, item: PlanItem, region: Region) -> Iterator[Part]:
+        """A weight that is a region of a Megatron weight, as it lies in the checkpoint: run by run."""
+        if not region:
+            yield _write_rows(shard, name, item, self._weights.read(item.megatron))
+            return
+        first, stop = region[0]
+        for low, high in self._weights.row_runs(item.megatron, first, stop):
+            rows = self._weights.read(item.megatron, ((low, high), *region[1:]))
+            yield _write_rows(shard, name, item, rows, low - first)
 
     def _write_weight(self, shard: ShardFile, name: str, weight: "torch.Tensor") -> list[Part]:
         import torch
@@ -203,6 +219,20 @@ class _Export:
             crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
             parts.append(Part(output, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
         return parts
+
+
+def _write_rows(shard: ShardFile, name: str, item: PlanItem, rows: "torch.Tensor", first: int = 0) -> Part:
+    """Write a Hugging Face weight, or a run of its rows that begins at row `first`."""
+    import torch
+
+    weight, entry = entry_of(name) or (name, 0)
+    stored = shard.layout.tensors[weight]
+    tensor = rows.to(stored.dtype).contiguous()
+    shape = item.hf_shapes[item.hf.index(name)]
+    before = (entry * math.prod(shape) + first * math.prod(shape[1:])) * stored.dtype.itemsize
+    shard.write(weight, tensor, before)
+    crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return Part(f"{name}@{first}", len(shard.layout.header) + stored.begin + before, tensor.nbytes, crc)
 
 
 def _refuse_small_disk(folder: Path, todo: list[ShardLayout]) -> None:

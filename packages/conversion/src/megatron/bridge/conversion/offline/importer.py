@@ -29,9 +29,9 @@ from megatron.bridge.conversion.offline.distcp_writer import (
     write_file,
     write_metadata,
 )
-from megatron.bridge.conversion.offline.index import megatron_shapes, refuse_other_model
+from megatron.bridge.conversion.offline.index import configuration_faults, megatron_shapes, refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
-from megatron.bridge.conversion.offline.keys import extra_state_keys, places
+from megatron.bridge.conversion.offline.keys import extra_state_keys, places, refuse_other_forms
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, import_plan
 from megatron.bridge.conversion.weight_source import quantization_config
@@ -54,10 +54,12 @@ def offline_import_plan(bridge: AutoBridge, vocab_multiple: int = VOCAB_MULTIPLE
     """
     if bridge.source is None:
         raise BridgeError("this bridge was made from a configuration and has no weights to convert")
-    table, what = bridge.weight_table(), f"import of {bridge.source.path_or_id}"
+    what = f"import of {bridge.source.path_or_id}"
     shapes = bridge.stored_weights.shapes
-    plan = import_plan(table, shapes, megatron_shapes(table.grown(shapes), shapes, vocab_multiple, what), what)
-    refuse_other_model(plan, bridge.model_bridge, what)
+    with configuration_faults(what):
+        table = bridge.weight_table()
+        plan = import_plan(table, shapes, megatron_shapes(table.grown(shapes), shapes, vocab_multiple, what), what)
+        refuse_other_model(plan, bridge.model_bridge, what)
     return plan
 
 
@@ -99,6 +101,7 @@ def import_checkpoint(
     if not overwrite and not journal_file.exists():
         _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
+    refuse_other_forms(bridge.weight_table(), f"import of {hf_model}")
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
     check_ties(plan, bridge.stored_weights, f"import of {hf_model}")
     try:

@@ -5,7 +5,8 @@ What a model would have refused (a layer too few, other sizes than the configura
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,21 @@ _DECODER = "decoder.layers."
 _ENCODER = "encoder.layers."
 # Before the linear layer, or behind it.
 _FUSED_NORM = re.compile(r"(.*\.linear_\w+)\.(?:layer_norm_|post_layernorm\.)(?:weight|bias)")
+
+
+@contextmanager
+def configuration_faults(what: str) -> Iterator[None]:
+    """Tell as a refusal what a family's code stumbles over when a configuration holds values of another kind.
+
+    Raises:
+        PlanError: in place of the error of the arithmetic or of the look-up.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"{what}: the values of config.json do not describe a model ({type(error).__name__}: {error}); correct it"
+        ) from error
 
 
 def megatron_shapes(table: WeightTable, hf: Mapping[str, Shape], vocab_multiple: int, what: str) -> dict[str, Shape]:
@@ -103,13 +119,13 @@ def _of_their_layers(table: WeightTable, met: Mapping[WeightRule, _Places]) -> d
     of_name = {rule.megatron: rule for rule in table.rules}
     kept = dict(met)
     for rivals in by_names.values():
-        taken: list[dict[str, int]] = []
-        fused = {rule: linear[1] for rule in rivals if (linear := _FUSED_NORM.fullmatch(rule.megatron))}
+        linear = {rule: _FUSED_NORM.sub(r"\1.weight", rule.megatron) for rule in rivals}
+        fused = {rule: of_name[name] for rule, name in linear.items() if name != rule.megatron and name in of_name}
         if len(rivals) == 1 or not fused:
             continue
-        for rule, name in fused.items():
-            owner = met.get(of_name.get(f"{name}.weight", rule), [])
-            kept[rule] = [indices for indices in met[rule] if indices in owner]
+        taken: list[dict[str, int]] = []
+        for rule, owner in fused.items():
+            kept[rule] = [indices for indices in met[rule] if indices in met[owner]]
             taken += kept[rule]
         for rule in rivals:
             if rule not in fused:

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -146,7 +147,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == _REBUILD:
-            return self._rebuilt
+            # Not a method, which the unpickler would remember: the cycle would keep the mapping until it is collected.
+            return partial(_rebuilt, self._records)
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in self._dtypes:
@@ -157,15 +159,18 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, record, _, numel = reference
         return _Storage(dtype, record, numel)
 
-    def _rebuilt(self, storage: _Storage, offset: int, shape: Any, stride: Any, *_: Any) -> "torch.Tensor":
-        import torch
 
-        record = self._records[f"data/{storage.record}"]
-        if len(record) != storage.numel * storage.dtype.itemsize:
-            raise ValueError(f"its record {storage.record} has {len(record)} bytes for {storage.numel} elements")
-        if not len(record):
-            return torch.empty(shape, dtype=storage.dtype)
-        return torch.frombuffer(record, dtype=storage.dtype).as_strided(shape, stride, offset)
+def _rebuilt(
+    records: dict[str, memoryview], storage: _Storage, offset: int, shape: Any, stride: Any, *_: Any
+) -> "torch.Tensor":
+    import torch
+
+    record = records[f"data/{storage.record}"]
+    if len(record) != storage.numel * storage.dtype.itemsize:
+        raise ValueError(f"its record {storage.record} has {len(record)} bytes for {storage.numel} elements")
+    if not len(record):
+        return torch.empty(shape, dtype=storage.dtype)
+    return torch.frombuffer(record, dtype=storage.dtype).as_strided(shape, stride, offset)
 
 
 class _Bytes(io.RawIOBase):
