@@ -1,5 +1,24 @@
-"""One OpenMP thread in the test process: ranks are forked from it, and OpenMP does not survive that with more."""
+"""How the tests run: one OpenMP thread in each process, and the whole suite on every core."""
 
 import os
 
+import pytest
+
+# Ranks are forked from the test process, and OpenMP does not survive that with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_MOST_WORKERS = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread the whole suite over the cores, file by file; a selection, `-n 0` and `--pdb` run in this process."""
+    options = config.option
+    whole_suite = not options.file_or_dir and not options.keyword and not options.usepdb
+    if (
+        whole_suite
+        and config.pluginmanager.hasplugin("xdist")
+        and options.numprocesses is None
+        and "PYTEST_XDIST_WORKER" not in os.environ
+    ):
+        options.numprocesses = min(os.cpu_count() or 1, _MOST_WORKERS)
+        options.dist = "loadfile"

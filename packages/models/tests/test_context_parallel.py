@@ -7,8 +7,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron.bridge.conversion.context_chunks import part_of_rank
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.layer_specs.context_parallel import chunks_of
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 from megatron.bridge.testing import run_ranks
@@ -55,8 +55,7 @@ def run(module, query, key, value, gradient, hidden):
 
 
 def rows_of(rank, size):
-    chunk = LENGTH // (2 * size)
-    return torch.cat([torch.arange(place * chunk, (place + 1) * chunk) for place in chunks_of(rank, size)])
+    return part_of_rank(torch.arange(LENGTH), rank, size, 0)
 
 
 def compare(size):

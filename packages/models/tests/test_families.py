@@ -11,7 +11,8 @@ from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
-from megatron.bridge.testing.families import LAYOUTS, compare, family_case, refuse_without_any_rule
+from megatron.bridge.testing.families import compare, family_case, refuse_without_any_rule
+from megatron.bridge.testing.layouts import CONTEXT_LAYOUTS, LAYOUTS, SP
 
 TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -72,8 +73,13 @@ def folders(cases):
     return {name: (case.folder, case.weights, case.logits) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("spec", ["torch", "local"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [
+        *((layout, "torch") for layout in (*LAYOUTS, *CONTEXT_LAYOUTS)),
+        *((layout, "local") for layout, fields in LAYOUTS.items() if SP not in fields),
+    ],
+)
 def test_logits_and_round_trip(cases, layout, spec):
     assert compare(list(cases.values()), layout, spec).keys() == CONFIGS.keys()
 

@@ -122,6 +122,7 @@ class Layout:
     # None where the model was built without groups for experts.
     expert_group: Any = None
     expert_tensor_group: Any = None
+    context_group: Any = None
 
     @classmethod
     def of(cls, chunks: "Sequence[Any]", groups: Any = None) -> "Layout":
@@ -136,11 +137,12 @@ class Layout:
         if groups is None:
             from megatron.core.process_groups_config import ProcessGroupCollection
 
-            groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "ep", "expt_tp"])
+            groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp", "ep", "expt_tp", "cp"])
         absent = [name for name in ("tp", "pp") if getattr(groups, name, None) is None]
         if absent:
             raise BridgeError(f"the process groups {groups!r} lack {' and '.join(absent)}; give them by these names")
-        return cls(groups.tp, groups.pp, getattr(groups, "ep", None), getattr(groups, "expt_tp", None))
+        further = (getattr(groups, name, None) for name in ("ep", "expt_tp", "cp"))
+        return cls(groups.tp, groups.pp, *further)
 
     @property
     def groups(self) -> tuple[Any, ...]:
@@ -150,6 +152,10 @@ class Layout:
     def dividing(self, rule: ShardRule) -> Any:
         """The group whose ranks hold the parts of a weight with this shard rule."""
         return self.expert_tensor_group if isinstance(rule, Expert) else self.tensor_group
+
+    @property
+    def context_size(self) -> int:
+        return 1 if self.context_group is None else int(self.context_group.size())
 
     @property
     def tensor_size(self) -> int:

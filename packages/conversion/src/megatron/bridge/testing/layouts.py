@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from megatron.bridge.errors import BridgeError, did_you_mean
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+CP = "context_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
 SP = "sequence_parallel"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
@@ -36,6 +37,11 @@ COMBINED_LAYOUTS: dict[str, dict[str, int]] = {
     "tp2ep2sp": {TP: 2, EP: 2, ETP: 1, SP: True},
     "tp2pp2ep2": {TP: 2, PP: 2, EP: 2, ETP: 1},
 }
+# Each sequence divided over ranks; for models all of whose layers can do that.
+CONTEXT_LAYOUTS: dict[str, dict[str, int]] = {
+    "cp2": {CP: 2},
+    "tp2cp2sp": {TP: 2, CP: 2, SP: True},
+}
 ALL_LAYOUTS: dict[str, dict[str, int]] = {**LAYOUTS, **EXPERT_LAYOUTS, **COMBINED_LAYOUTS}
 EVERYWHERE: tuple[str, ...] = ("single", "tp2", "pp2")
 EXPERTS_EVERYWHERE: tuple[str, ...] = (*EVERYWHERE, "ep2", "etp2")
@@ -47,10 +53,10 @@ def layout_fields(name: str) -> dict[str, int]:
     Raises:
         BridgeError: no layout has this name.
     """
-    if name not in ALL_LAYOUTS:
-        near = did_you_mean(name, ALL_LAYOUTS)
-        raise BridgeError(f"no layout is called {name!r}{near}; there are {', '.join(ALL_LAYOUTS)}")
-    return ALL_LAYOUTS[name]
+    known = {**ALL_LAYOUTS, **CONTEXT_LAYOUTS}
+    if name not in known:
+        raise BridgeError(f"no layout is called {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+    return known[name]
 
 
 def layouts_for(*, experts: bool) -> tuple[str, ...]:
@@ -62,4 +68,4 @@ def layouts_for(*, experts: bool) -> tuple[str, ...]:
 def ranks_of(fields: Mapping[str, int]) -> int:
     """The smallest number of ranks that a layout fits: dense and expert parts divide the same ranks."""
     tensor, pipeline = fields.get(TP, 1), fields.get(PP, 1)
-    return math.lcm(tensor * pipeline, fields.get(EP, 1) * fields.get(ETP, tensor) * pipeline)
+    return math.lcm(tensor * pipeline * fields.get(CP, 1), fields.get(EP, 1) * fields.get(ETP, tensor) * pipeline)

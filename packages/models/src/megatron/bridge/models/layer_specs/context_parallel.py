@@ -1,8 +1,7 @@
 """Attention when context-parallel ranks hold parts of every sequence.
 
-Megatron-Core cuts a sequence into 2 x CP chunks and gives rank r the chunks r and 2 x CP - 1 - r, so that causal
-attention is the same work on every rank. Here each rank gathers the keys and values of all (as in Llama 3,
-arXiv:2407.21783, section 3.3.2) and attends from its own two chunks.
+Each rank gathers the keys and values of all (as in Llama 3, arXiv:2407.21783, section 3.3.2), and attends from its own
+two chunks; see `megatron.bridge.conversion.context_chunks`.
 """
 
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from megatron.bridge.conversion.context_chunks import chunks_of, in_order
 
 # Queries, keys, values `[batch, heads, length, size]`, hidden (True: not seen); the last query is at the last key.
 type Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -40,11 +41,6 @@ def attend_from_chunks(
     return torch.cat(outputs, 2).permute(2, 0, 1, 3).flatten(2)
 
 
-def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """Which of the 2 x `size` chunks of a sequence `rank` holds."""
-    return rank, 2 * size - 1 - rank
-
-
 def _rows(hidden: Tensor, rows: slice) -> Tensor:
     return hidden if hidden.shape[-2] == 1 else hidden[..., rows, :]
 
@@ -52,6 +48,4 @@ def _rows(hidden: Tensor, rows: slice) -> Tensor:
 def _in_order(part: Tensor, group: Any) -> Tensor:
     """The tokens of all ranks in their order; on the way back every rank gets the sum of its tokens' gradients."""
     gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
-    held = [place for rank in range(group.size()) for place in chunks_of(rank, group.size())]
-    chunks = gathered.chunk(len(held))
-    return torch.cat([chunks[held.index(place)] for place in range(len(held))])
+    return in_order(gathered.chunk(group.size()), 0)
