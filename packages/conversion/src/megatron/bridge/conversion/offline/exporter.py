@@ -21,7 +21,7 @@ from megatron.bridge.conversion.low_bit.encoders import Encoder, FullPrecision, 
 from megatron.bridge.conversion.offline.distcp_reader import MegatronWeights
 from megatron.bridge.conversion.offline.index import configuration_faults, refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
-from megatron.bridge.conversion.offline.keys import refuse_other_forms
+from megatron.bridge.conversion.offline.keys import refuse_named_blocks
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, export_plan
 from megatron.bridge.conversion.save import config_changes
@@ -44,7 +44,7 @@ def offline_export_plan(bridge: AutoBridge, path: str | Path) -> tuple[Plan, Meg
     what = f"export of {path}"
     with configuration_faults(what):
         table = bridge.weight_table()
-        refuse_other_forms(table, what)
+        refuse_named_blocks(table.rules)
         weights = MegatronWeights(path, table)
         plan = export_plan(table, weights.shapes, what)
         refuse_other_model(plan, bridge.model_bridge, what)

@@ -31,7 +31,7 @@ from megatron.bridge.conversion.offline.distcp_writer import (
 )
 from megatron.bridge.conversion.offline.index import configuration_faults, megatron_shapes, refuse_other_model
 from megatron.bridge.conversion.offline.journal import Journal, Part, state_of
-from megatron.bridge.conversion.offline.keys import extra_state_keys, places, refuse_other_forms
+from megatron.bridge.conversion.offline.keys import extra_state_keys, places
 from megatron.bridge.conversion.offline.workers import run_all
 from megatron.bridge.conversion.plan import Plan, PlanItem, import_plan
 from megatron.bridge.conversion.weight_source import quantization_config
@@ -101,7 +101,6 @@ def import_checkpoint(
     if not overwrite and not journal_file.exists():
         _refuse_existing(target)
     plan = offline_import_plan(bridge, vocab_multiple)
-    refuse_other_forms(bridge.weight_table(), f"import of {hf_model}")
     files = _files(plan, dtype or hf_config.dtype(bridge.hf_config), bridge, file_bytes)
     check_ties(plan, bridge.stored_weights, f"import of {hf_model}")
     try:

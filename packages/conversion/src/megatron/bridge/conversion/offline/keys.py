@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron.bridge.conversion.names import NamePattern, skeleton
 from megatron.bridge.conversion.plan import Plan, PlanError
-from megatron.bridge.conversion.shards import Blocks, NamedBlocks
+from megatron.bridge.conversion.shards import NamedBlocks
 from megatron.bridge.conversion.table import WeightRule, WeightTable
 from megatron.bridge.conversion.transforms import Shape
 
@@ -28,22 +28,6 @@ _STACKED_EXPERTS = ".experts."
 _NEVER_STACKED = "mtp."
 # Megatron-Core's linear layers keep a state besides weights: empty here, but its loaders ask for it.
 _WITH_EXTRA_STATE = re.compile(r"(.*\.(?:linear_\w+|eh_proj))\.weight")
-
-
-def refuse_other_forms(table: WeightTable, what: str) -> None:
-    """Refuse a model whose checkpoints Megatron-Core writes in another way than described here.
-
-    Raises:
-        PlanError: it has state space or linear attention layers, whose fused weights are cut up into keys of their own,
-            or an encoder beside the decoder; the message names such a weight.
-    """
-    for rule in table.rules:
-        cut_up = isinstance(rule.shard, Blocks) and not isinstance(rule.shard.parts, int)
-        if cut_up or ".cross_attention." in rule.megatron:
-            raise PlanError(
-                f"{what}: the offline conversion cannot place {rule.megatron}, which Megatron-Core stores in a way of "
-                "its own; convert without --offline"
-            )
 
 
 class Place(NamedTuple):
