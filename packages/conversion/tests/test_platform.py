@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 
 from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.platform import launch
 from megatron.bridge.platform.cpu_layer import cpu_layer, replaced
 from megatron.bridge.platform.launch import RankFailed, run_layout, run_ranks, share_of_cores
 from megatron.bridge.platform.memory_limit import memory_limit
@@ -261,3 +263,13 @@ def test_work_beyond_its_memory_limit_fails_and_the_limit_is_taken_back():
     with memory_limit(2**28), pytest.raises(MemoryError):
         bytearray(2**30)
     assert len(bytearray(2**29)) == 2**29
+
+
+def test_ranks_meet_elsewhere_when_their_port_was_taken(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        free, ports = launch._free_port, [other.getsockname()[1]]
+        monkeypatch.setattr(launch, "_free_port", lambda: ports.pop() if ports else free())
+        assert run_ranks(2, torch.distributed.get_rank, timeout=60) == [0, 1]
+    assert ports == []

@@ -32,7 +32,7 @@ def megatron_logits(
 
     chunks = as_chunks(model)
     layout = Layout.of(chunks)
-    if input_ids.shape[1] % (2 * layout.context_size):
+    if layout.context_size > 1 and input_ids.shape[1] % (2 * layout.context_size):
         raise BridgeError(
             f"{input_ids.shape[1]} tokens cannot be divided over {layout.context_size} context-parallel ranks; give a "
             f"multiple of {2 * layout.context_size}"

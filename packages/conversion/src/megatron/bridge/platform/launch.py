@@ -24,6 +24,7 @@ from megatron.bridge.errors import BridgeError
 # What a forked rank puts back, having inherited this process's handlers.
 _handlers_of_ranks: dict[int, Any] = {}
 _LONGEST_WAIT = 600.0  # seconds that a collective waits for an absent rank
+_ATTEMPTS = 3  # to meet at a port, when another process takes it first
 
 
 class RankFailed(BridgeError):
@@ -40,11 +41,15 @@ class _Rank:
 
 @dataclass(frozen=True)
 class _Report:
-    """How one rank ended: `value` when `error` is None; `error` is the exception where it could be pickled."""
+    """How one rank ended: `value` when `error` is None; `error` is the exception where it could be pickled.
+
+    `port_taken`: another process had taken the port where the ranks were to meet, and `function` was not called.
+    """
 
     value: Any = None
     error: BaseException | None = None
     trace: str = ""
+    port_taken: bool = False
     # Ranks that only lost a peer fail after the one at fault; the monotonic clock is common to the machine.
     at: float = field(default_factory=time.monotonic)
 
@@ -81,19 +86,40 @@ def run_ranks(
             "this process is a rank already, and ranks forked from it would take themselves for it; "
             "call megatron.bridge.platform.destroy_distributed() first"
         )
+    waits = collective_timeout or min(timeout or _LONGEST_WAIT, _LONGEST_WAIT)
+    for _ in range(_ATTEMPTS):
+        ranks = _started(count, function, args, waits, threads)
+        _await(ranks, timeout, grace)
+        failed = [rank for rank in ranks if rank.report is None or rank.report.trace]
+        if not any(rank.report is not None and rank.report.port_taken for rank in failed):
+            break
+    if any(rank.report is not None and isinstance(rank.report.error, KeyboardInterrupt) for rank in failed):
+        raise KeyboardInterrupt
+    if failed:
+        raise _failure(failed, count, timeout)
+    return [rank.report.value for rank in ranks if rank.report is not None]
+
+
+def _started(
+    count: int, function: Callable[..., Any], args: Sequence[Any], collective_timeout: float, threads: int
+) -> list[_Rank]:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
     context = multiprocessing.get_context("fork")
-    waits = collective_timeout or min(timeout or _LONGEST_WAIT, _LONGEST_WAIT)
     ranks = []
     for index in range(count):
         receiver, sender = context.Pipe(duplex=False)
         place = environment | {"RANK": str(index), "LOCAL_RANK": str(index)}
         process = context.Process(
-            target=_rank_main, args=(sender, place, function, args, waits, threads), name=f"rank {index}"
+            target=_rank_main, args=(sender, place, function, args, collective_timeout, threads), name=f"rank {index}"
         )
         process.start()
         sender.close()
         ranks.append(_Rank(index, process, receiver))
+    return ranks
+
+
+def _await(ranks: list[_Rank], timeout: float | None, grace: float) -> None:
+    """Receive what the ranks report, and see that none is left."""
     try:
         _collect(ranks, None if timeout is None else time.monotonic() + timeout, grace)
     except KeyboardInterrupt:
@@ -102,15 +128,10 @@ def run_ranks(
         raise
     finally:
         _kill([rank.process for rank in ranks])
-    failed = [rank for rank in ranks if rank.report is None or rank.report.trace]
-    if any(rank.report is not None and isinstance(rank.report.error, KeyboardInterrupt) for rank in failed):
-        raise KeyboardInterrupt
-    if failed:
-        raise _failure(failed, count, timeout)
-    return [rank.report.value for rank in ranks if rank.report is not None]
 
 
 def _free_port() -> int:
+    """A port that nobody listens on now; another process may take it before the ranks do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -132,12 +153,14 @@ def _rank_main(
     torch.set_num_threads(threads)
     from megatron.bridge.platform.distributed import destroy_distributed, initialize_distributed
 
+    met = False
     try:
         initialize_distributed(collective_timeout)
+        met = True
         report = _Report(value=function(*args))
         payload = pickle.dumps(report)
     except BaseException as error:
-        payload = _pickled_failure(error)
+        payload = _pickled_failure(error, port_taken=not met and "EADDRINUSE" in str(error))
         sender.send_bytes(payload)
         sender.close()
         # A peer may be waiting in a collective for this rank: end without the orderly farewell it cannot answer.
@@ -147,13 +170,13 @@ def _rank_main(
     destroy_distributed()
 
 
-def _pickled_failure(error: BaseException) -> bytes:
+def _pickled_failure(error: BaseException, *, port_taken: bool) -> bytes:
     trace = "".join(traceback.format_exception(error))
     try:
-        payload = pickle.dumps(_Report(error=error, trace=trace))
+        payload = pickle.dumps(_Report(error=error, trace=trace, port_taken=port_taken))
         pickle.loads(payload)
     except Exception:
-        return pickle.dumps(_Report(trace=trace))
+        return pickle.dumps(_Report(trace=trace, port_taken=port_taken))
     return payload
 
 
