@@ -126,12 +126,10 @@ def test_logits_and_round_trip(cases, layout):
     assert compare(list(cases.values()), layout).keys() == CASES.keys()
 
 
-@pytest.mark.parametrize("layout", ["vpp2", "tp4", "cp2"])
+@pytest.mark.parametrize("layout", ["vpp2", "tp4", "sp2", "cp2"])
 def test_families_with_most_differences_at_further_layouts(cases, layout):
-    compare(
-        [cases[name] for name in ("olmo3-two-ropes", "gemma2", "cohere-norms", "gpt2", "hunyuan", "falcon-40b", "opt")],
-        layout,
-    )
+    names = ("olmo3-two-ropes", "gemma2", "cohere-norms", "gpt2", "hunyuan", "falcon-40b", "opt", "ctrl", "xglm")
+    compare([cases[name] for name in names], layout)
 
 
 @pytest.mark.parametrize("name", ["phi", "glm4", "olmo2", "gpt2", "hunyuan"])

@@ -58,6 +58,8 @@ class BridgeLanguageModel(LanguageModule):
         positions = SinusoidalPositions(self.max_sequence_length, self.config.hidden_size, waves)
         self.embedding.position_embeddings = positions.to(place.device, place.dtype)
         self.embedding.add_position_embedding = True
+        # Positions are added to whole sequences, which are scattered after that.
+        self.embedding.reduce_scatter_embeddings = self.embedding.word_embeddings.reduce_scatter_embeddings = False
 
     def _add_output_bias(self) -> None:
         rows = self.output_layer.output_size_per_partition
