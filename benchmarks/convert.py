@@ -176,11 +176,16 @@ def measure_offline(size: str, repeat: int, scratch: Path) -> None:
     report_offline(nbytes, runs)
 
 
-def report_offline(nbytes: int, runs: dict[str, list[dict[str, float]]]) -> None:
-    median = {
+def medians(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Every figure's median, by kind of run."""
+    return {
         kind: {key: statistics.median(run[key] for run in results) for key in results[0]}
         for kind, results in runs.items()
     }
+
+
+def report_offline(nbytes: int, runs: dict[str, list[dict[str, float]]]) -> None:
+    median = medians(runs)
     print(f"model: {nbytes / 1e9:.2f} GB bf16; medians of {len(runs['copy'])} runs")
     print(f"{'':10}{'seconds':>9}{'GB/s':>7}{'of copy':>9}{'CPU s':>7}{'peak GB':>9}{'imports':>9}")
     for kind, figures in median.items():
@@ -245,10 +250,7 @@ def main() -> None:
 
 
 def report(size: int, runs: dict[str, list[dict[str, float]]]) -> None:
-    median = {
-        kind: {key: statistics.median(run[key] for run in results) for key in results[0]}
-        for kind, results in runs.items()
-    }
+    median = medians(runs)
     print(f"model: {size / 1e9:.2f} GB bf16; medians of {len(runs['ours'])} runs, one CPU process each")
     print(f"{'':8}{'load s':>9}{'save s':>9}{'peak GB':>9}")
     for kind, figures in median.items():

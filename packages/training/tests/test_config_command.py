@@ -78,6 +78,7 @@ def test_the_schema_knows_the_keys_and_their_types(recipe: str) -> None:
     [
         (("show", "--recipe", "tiny_test_recipee"), "did you mean 'tiny_test_recipe'"),
         (("diff", "tiny_test_recipe", "absent.yaml"), "absent.yaml"),
+        (("diff", "tiny_test_recipe", __file__), "cannot be read"),
         (("explain", "--recipe", "tiny_test_recipe", "train.train_iter=3"), "did you mean 'train_iters'"),
     ],
 )

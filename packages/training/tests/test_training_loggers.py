@@ -113,6 +113,8 @@ def test_wandb_and_mlflow_hold_the_metrics(
     [
         ({"loggers": ["jsonnl"]}, r"logger.loggers: .*'jsonnl'.*did you mean 'jsonl'"),
         ({"options": {"mine": {}}}, "settings for 'mine', which is none of the run's loggers"),
+        ({"loggers": ["mlflow"]}, "names 'mlflow', which needs logger.mlflow_experiment; set it"),
+        ({"loggers": ["jsonl"]}, "names 'jsonl', which needs logger.folder; set it"),
         ({"wandb_project": "p"}, r"needs the package wandb.*megatron-bridge-training\[wandb\]"),
         ({"mlflow_experiment": "e"}, r"needs the package mlflow.*megatron-bridge-training\[mlflow\]"),
     ],

@@ -100,7 +100,15 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
     """
     if cfg.checkpoint.load is None:
         raise BridgeError("checkpoint.load is not set: there is nothing to load from")
-    folder = newest_whole(cfg.checkpoint.load).folder
+    return _progress(_load(newest_whole(cfg.checkpoint.load).folder, model, optimizer, scheduler, cfg))
+
+
+def _progress(loaded: Mapping[str, Any]) -> TrainProgress:
+    return TrainProgress(iteration=loaded["iteration"], consumed_samples=loaded["consumed_samples"])
+
+
+def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "ConfigContainer") -> Mapping[str, Any]:
+    """Load one checkpoint folder into the parts; returns all that it held."""
     common = dist_checkpoint.load_common(folder)
     if "iteration" not in common:
         raise BridgeError(
@@ -130,7 +138,7 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if "rng_state" in state:
         restore_random_state(loaded["rng_state"])
-    return TrainProgress(iteration=loaded["iteration"], consumed_samples=loaded["consumed_samples"])
+    return common | {key: loaded[key] for key in ("iteration", "consumed_samples")}
 
 
 def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
@@ -164,8 +172,9 @@ def restore(run: "RunState") -> None:
     checkpoint = run.cfg.checkpoint
     assert checkpoint.load is not None
     found = newest_whole(checkpoint.load)
-    run.progress = load_checkpoint(run.model, run.optimizer, run.scheduler, run.cfg)
-    run.logger_states = dist_checkpoint.load_common(found.folder).get("logger_states", {})
+    loaded = _load(found.folder, run.model, run.optimizer, run.scheduler, run.cfg)
+    run.progress = _progress(loaded)
+    run.logger_states = dict(loaded.get("logger_states", {}))
     run.notices += found.notices()
     if checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve():
         set_aside(found)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron.bridge.errors import BridgeError
-
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
@@ -124,21 +122,14 @@ def _flat(name: str) -> dict[str, Any]:
 def _written(name: str) -> dict[str, Any]:
     """The sections of a YAML file, or of the one in a checkpoint."""
     from megatron.bridge.conversion.checkpoint_layout import resolve
-    from megatron.bridge.training.field_types import parse_yaml
+    from megatron.bridge.training.overrides import read_sections
     from megatron.bridge.training.recipe_registry import RECIPES
     from megatron.bridge.training.side_files import RUN_CONFIG
 
     path = Path(name)
     if not path.exists():
         RECIPES[name]  # refuses the name, with those that are near
-    file = resolve(path) / RUN_CONFIG if path.is_dir() else path
-    try:
-        content = parse_yaml(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BridgeError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise BridgeError(f"{file} holds no sections (train:, model:, ...)")
-    return content
+    return read_sections(resolve(path) / RUN_CONFIG if path.is_dir() else path)
 
 
 def _leaves(content: dict[str, Any], prefix: str = "") -> "list[tuple[str, Any]]":

@@ -43,12 +43,7 @@ def apply_yaml(cfg: Any, path: str | Path) -> None:
     Raises:
         ConfigError: the file cannot be read, or as for `apply_overrides`.
     """
-    try:
-        content = parse_yaml(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the configuration file {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"the configuration file {str(path)!r} holds no sections (train:, model:, ...)")
+    content = read_sections(path)
     problems: list[str] = []
     changes: list[_Change] = []
     for key, value in _leaves(cfg, content):
@@ -57,6 +52,21 @@ def apply_yaml(cfg: Any, path: str | Path) -> None:
         else:
             _collect(cfg, key, checked, value, changes, problems)
     _apply(changes, problems, f"the configuration file {str(path)!r} cannot be applied")
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """What a YAML file of sections says.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the configuration file {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"the configuration file {str(path)!r} holds no sections (train:, model:, ...)")
+    return content
 
 
 def class_name(value: Any) -> str:

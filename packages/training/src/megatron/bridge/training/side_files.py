@@ -6,7 +6,7 @@ With the latter a checkpoint can be exported by itself: `AutoBridge.from_megatro
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.training.newest_whole import newest_whole
+from megatron.bridge.conversion.checkpoint_layout import resolve
 from megatron.bridge.training.run_config import to_yaml
 
 if TYPE_CHECKING:
@@ -28,6 +28,6 @@ def side_files(cfg: "ConfigContainer", scratch: Path) -> dict[str, Any]:
     if bridge is not None:
         return files | {HF_FILES: describing_files(bridge, scratch)}
     for origin in (cfg.checkpoint.load, cfg.checkpoint.pretrained_checkpoint):
-        if origin is not None and (folder := newest_whole(origin).folder / HF_FILES).is_dir():
+        if origin is not None and (folder := resolve(origin) / HF_FILES).is_dir():
             return files | {HF_FILES: folder}
     return files

@@ -282,6 +282,8 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
                 f"the logger {name!r} needs the package {package}, which is not there: "
                 f"uv pip install 'megatron-bridge-training[{extra}]'"
             )
+        if logger.setting is not None and not logger.wanted(cfg):
+            yield f"logger.loggers names {name!r}, which needs logger.{logger.setting}; set it, or leave {name!r} out"
     for name in cfg.logger.options.keys() - {name for name, _ in wanted}:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 

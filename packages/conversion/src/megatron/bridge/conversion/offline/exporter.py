@@ -93,16 +93,11 @@ def export_checkpoint(
     tensors = encoder.specs(specs)
     layouts = lay_out(tensors, max_shard_bytes)
     target = Path(hf_path).resolve()
-    job = {
-        "source": state_of(weights.files),
-        "headers": [zlib.crc32(layout.header) for layout in layouts],
-        "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
-    }
     try:
         # The target's state is judged before a journal is left beside it.
         partial = target.with_name(f".{target.name}.offline")
         staged = StagedFolder(target, overwrite=overwrite, needed_bytes=0, path=partial)
-        journal = Journal(target.with_name(f".{target.name}.journal"), job)
+        journal = Journal(target.with_name(f".{target.name}.journal"), _job(plan, weights, layouts))
         try:
             _Export(partial, journal, plan, weights, layouts, specs, encoder).run(workers, progress)
             changes = config_changes([dtype for _, dtype in specs.values()], encoder)
@@ -114,6 +109,15 @@ def export_checkpoint(
     except OSError as error:
         raise HFFolderError(f"{target} cannot be written: {error.strerror} ({error.filename})") from error
     return target
+
+
+def _job(plan: Plan, weights: MegatronWeights, layouts: tuple[ShardLayout, ...]) -> dict[str, Any]:
+    """All that decides the result."""
+    return {
+        "source": state_of(weights.files),
+        "headers": [zlib.crc32(layout.header) for layout in layouts],
+        "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
+    }
 
 
 def _specs(plan: Plan, weights: MegatronWeights, dtype: "torch.dtype | None") -> dict[str, TensorSpec]:

@@ -24,14 +24,16 @@ class MetricLogger(ABC):
 
     # The package that the sink needs, and the extra of this distribution that brings it; None for neither.
     needs: ClassVar[tuple[str, str] | None] = None
+    # The field of `LoggerConfig` that asks for the sink, and that it cannot do without; None where there is none.
+    setting: ClassVar[str | None] = None
 
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         self.cfg, self.first = cfg, first
 
-    @staticmethod
-    def wanted(cfg: "ConfigContainer") -> bool:
+    @classmethod
+    def wanted(cls, cfg: "ConfigContainer") -> bool:
         """Whether the configuration asks for it without naming it in `logger.loggers`."""
-        return False
+        return cls.setting is not None and bool(getattr(cfg.logger, cls.setting))
 
     @abstractmethod
     def log(self, iteration: int, metrics: Metrics) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.training.loggers.base import MetricLogger, Metrics
 
@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 class ConsoleLogger(MetricLogger):
     """Progress with loss, learning rate, gradient norm, speed and the time that is left."""
 
+    setting: ClassVar[str | None] = "progress"
+
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         super().__init__(cfg, first, state)
         self._last = cfg.train.train_iters
         self._started = time.monotonic()
         self._bar: Any = None
         self._open_bar()
-
-    @staticmethod
-    def wanted(cfg: "ConfigContainer") -> bool:
-        return cfg.logger.progress
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         if "valid_loss" in metrics:

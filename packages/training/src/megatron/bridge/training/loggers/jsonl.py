@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.training.loggers.base import MetricLogger, Metrics
 
@@ -16,15 +16,17 @@ METRICS_FILE = "metrics.jsonl"
 class JSONLLogger(MetricLogger):
     """Appends to `metrics.jsonl` in `logger.folder`, else in `checkpoint.save`."""
 
+    setting: ClassVar[str | None] = "folder"
+
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         super().__init__(cfg, first, state)
-        folder = Path(cfg.logger.folder or cfg.checkpoint.save or ".")
+        folder = Path(cfg.logger.folder or cfg.checkpoint.save or "")
         folder.mkdir(parents=True, exist_ok=True)
         # One line per write, so that a killed run leaves whole records.
         self._stream = (folder / METRICS_FILE).open("a", buffering=1)
 
-    @staticmethod
-    def wanted(cfg: "ConfigContainer") -> bool:
+    @classmethod
+    def wanted(cls, cfg: "ConfigContainer") -> bool:
         return bool(cfg.logger.folder or cfg.checkpoint.save)
 
     def log(self, iteration: int, metrics: Metrics) -> None:

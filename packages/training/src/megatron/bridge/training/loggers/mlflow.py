@@ -13,6 +13,7 @@ class MLflowLogger(MetricLogger):
     """A run of `logger.mlflow_experiment`, at `logger.mlflow_tracking_uri`; a resumed run goes on under the same id."""
 
     needs: ClassVar[tuple[str, str] | None] = ("mlflow", "mlflow")
+    setting: ClassVar[str | None] = "mlflow_experiment"
 
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         import mlflow
@@ -20,10 +21,6 @@ class MLflowLogger(MetricLogger):
         super().__init__(cfg, first, state)
         self._client: Any = mlflow.MlflowClient(tracking_uri=cfg.logger.mlflow_tracking_uri)
         self._id = state.get("id") or self._create(str(cfg.logger.mlflow_experiment))
-
-    @staticmethod
-    def wanted(cfg: "ConfigContainer") -> bool:
-        return cfg.logger.mlflow_experiment is not None
 
     def _create(self, experiment: str) -> str:
         known = self._client.get_experiment_by_name(experiment)

@@ -13,6 +13,7 @@ class TensorBoardLogger(MetricLogger):
     """Scalars under the metrics' names, in `logger.tensorboard_dir`."""
 
     needs: ClassVar[tuple[str, str] | None] = ("tensorboard", "tensorboard")
+    setting: ClassVar[str | None] = "tensorboard_dir"
 
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -20,10 +21,6 @@ class TensorBoardLogger(MetricLogger):
         super().__init__(cfg, first, state)
         # The earlier values of the steps that are repeated are left out.
         self._writer: Any = SummaryWriter(cfg.logger.tensorboard_dir, purge_step=first + 1)
-
-    @staticmethod
-    def wanted(cfg: "ConfigContainer") -> bool:
-        return cfg.logger.tensorboard_dir is not None
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         for name, value in metrics.items():

@@ -14,6 +14,7 @@ class WandbLogger(MetricLogger):
     """A run of `logger.wandb_project`; a resumed run goes on under the same id. `WANDB_MODE=offline` sends nothing."""
 
     needs: ClassVar[tuple[str, str] | None] = ("wandb", "wandb")
+    setting: ClassVar[str | None] = "wandb_project"
 
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         import wandb
@@ -29,10 +30,6 @@ class WandbLogger(MetricLogger):
             resume="allow",
             config=described(cfg),
         )
-
-    @staticmethod
-    def wanted(cfg: "ConfigContainer") -> bool:
-        return cfg.logger.wandb_project is not None
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         # Its own steps must not go back, and those after a checkpoint are repeated: the iteration is a metric instead.
