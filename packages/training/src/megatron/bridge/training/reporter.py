@@ -1,7 +1,7 @@
 """What a run tells while it trains: metrics and messages, from rank 0 to the run's loggers."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.training.loggers import LOGGERS, MetricLogger
@@ -60,8 +60,14 @@ class Reporter:
         for logger in self._loggers.values():
             logger.close()
 
-    def step(self, iteration: int, result: "StepResult") -> None:
-        """Report a finished step, where it is one that is logged."""
+    def step(self, iteration: int, result: "StepResult", others: Callable[[], Mapping[str, float]] = dict) -> None:
+        """Report a finished step, where it is one that is logged.
+
+        Args:
+            iteration: of the step.
+            result: of the step.
+            others: further metrics of it; called on every rank, for steps that are logged.
+        """
         self._tokens += result.tokens
         if iteration % self._cfg.logger.log_interval and iteration != self._cfg.train.train_iters:
             return
@@ -74,6 +80,7 @@ class Reporter:
         }
         if result.skipped:
             metrics["skipped"] = True
+        metrics |= others()
         self._before, self._tokens = now, 0
         self.metrics(iteration, metrics)
 

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.training.auxiliary_losses import start_recording
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import restore, start_from
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
@@ -46,6 +47,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     cfg.validate(platform.world_size())
     seed_everything(cfg.rng.seed)
     cfg.model.initialize_model_parallel(cfg.rng.seed)
+    start_recording()
     train_set, valid_set = build_datasets(cfg)
     model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, wrap_with_ddp=True, seed=cfg.rng.seed)
     optimizer = build_optimizer(cfg, model)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.auxiliary_losses import forget_last_step
 from megatron.bridge.training.gpt_step import LOSS
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def train_step(run: "RunState", forward_step: Any) -> StepResult:
     for chunk in run.model:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    forget_last_step()
     reports = forward_backward(run, forward_step, run.train_data, run.num_microbatches, training=True)
     run.callbacks.on_gradients(run)
     loss, tokens = global_loss(reports, run.progress.iteration + 1)

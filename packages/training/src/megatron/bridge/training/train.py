@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
+from megatron.bridge.training.auxiliary_losses import auxiliary_losses
 from megatron.bridge.training.evaluate import evaluate_and_print_results
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.reporter import Reporter
@@ -45,7 +46,7 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
             progress.iteration += 1
             progress.consumed_samples += settings.global_batch_size
             losses[progress.iteration], norms[progress.iteration] = result.loss, result.grad_norm
-            reporter.step(progress.iteration, result)
+            reporter.step(progress.iteration, result, lambda: auxiliary_losses(run))
             run.callbacks.on_step_end(run, result)
             if _due(settings.eval_interval, progress.iteration):
                 valid_loss = evaluate_and_print_results(run, forward_step, reporter)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.training.loggers.base import MetricLogger, Metrics
@@ -70,7 +70,15 @@ class ConsoleLogger(MetricLogger):
 
 
 def _text(metrics: Metrics) -> str:
+    others = "".join(f"{short} {metrics[name]:.4f} | " for name, short in _auxiliary(metrics))
     return (
-        f"loss {metrics['loss']:.4f} | lr {metrics['learning_rate']:.2e} | grad norm {metrics['grad_norm']:.3f} | "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        f"loss {metrics['loss']:.4f} | {others}lr {metrics['learning_rate']:.2e} | "
+        f"grad norm {metrics['grad_norm']:.3f} | {metrics['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def _auxiliary(metrics: Metrics) -> Iterator[tuple[str, str]]:
+    """Losses beside the main one: the metric's name, and a short one."""
+    for name in metrics:
+        if name.endswith("_loss"):
+            yield name, name.removesuffix("_loss").replace("load_balancing", "balance").replace("_", " ")
