@@ -36,7 +36,7 @@ def forget_last_step() -> None:
     MTPLossLoggingHelper.clean_metrics_in_tracker()
 
 
-def auxiliary_losses(run: "RunState") -> dict[str, float]:
+def auxiliary_losses(run: "RunState", num_microbatches: int) -> dict[str, float]:
     """The losses that the last step recorded, without their coefficients; the same on every rank. Collective.
 
     Router losses (`load_balancing_loss`, `seq_load_balancing_loss`, `global_load_balancing_loss`, `z_loss`) are means
@@ -49,7 +49,7 @@ def auxiliary_losses(run: "RunState") -> dict[str, float]:
     names = list(router_losses(run.cfg.model))
     if not names and not getattr(run.cfg.model, "mtp_num_layers", None):
         return {}
-    mine = _router_values(run, names) | _prediction_values(run)
+    mine = _router_values(run, names, num_microbatches) | _prediction_values(num_microbatches)
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[dict[str, float]] = [{}] * group.size()
     dist.all_gather_object(stages, mine, group=group)
@@ -70,7 +70,7 @@ def router_losses(model: Any) -> Iterator[str]:
         yield "z_loss"
 
 
-def _router_values(run: "RunState", names: list[str]) -> dict[str, float]:
+def _router_values(run: "RunState", names: list[str], num_microbatches: int) -> dict[str, float]:
     """Means over all stages; nothing where this stage has no experts, for there the reduction is not complete."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
@@ -79,7 +79,7 @@ def _router_values(run: "RunState", names: list[str]) -> dict[str, float]:
     tracker, model = get_moe_metrics_tracker(), run.cfg.model
     found: dict[str, Any] = {}
     tracker.report(
-        1 / run.num_microbatches,
+        1 / num_microbatches,
         run.progress.iteration,
         force_initialize=True,
         track_names=names,
@@ -93,10 +93,10 @@ def _router_values(run: "RunState", names: list[str]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if name in own}
 
 
-def _prediction_values(run: "RunState") -> dict[str, float]:
+def _prediction_values(num_microbatches: int) -> dict[str, float]:
     """The losses of the prediction layers, where this stage computes them."""
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     found: dict[str, Any] = {}
-    MTPLossLoggingHelper.track_mtp_metrics(1 / run.num_microbatches, 0, None, total_loss_dict=found)
+    MTPLossLoggingHelper.track_mtp_metrics(1 / num_microbatches, 0, None, total_loss_dict=found)
     return {name.replace(" ", "_"): float(value) for name, value in found.items()}

@@ -69,7 +69,7 @@ class Reporter:
             others: further metrics of it; called on every rank, for steps that are logged.
         """
         self._tokens += result.tokens
-        if iteration % self._cfg.logger.log_interval and iteration != self._cfg.train.train_iters:
+        if iteration % self._cfg.logger.log_interval and iteration != self._cfg.train.total_iters:
             return
         now = time.monotonic()
         metrics: dict[str, float | int | bool] = {
@@ -80,6 +80,8 @@ class Reporter:
         }
         if result.skipped:
             metrics["skipped"] = True
+        if self._cfg.train.rampup_batch_size is not None:
+            metrics["batch_size"] = result.sequences
         metrics |= others()
         self._before, self._tokens = now, 0
         self.metrics(iteration, metrics)

@@ -1,5 +1,6 @@
 """The training loop."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,9 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         forward_step: `(run, data_iterator, model) -> (output, loss function)`, e.g. `gpt_step.forward_step`.
 
     Raises:
-        NotFinite: the loss or the gradient became NaN or infinite; the checkpoints saved before stay.
+        StepFault: the loss or the gradient became NaN or infinite, or the loss leapt; checkpoints saved before stay.
     """
-    settings, progress = run.cfg.train, run.progress
+    settings, progress, last = run.cfg.train, run.progress, run.cfg.train.total_iters
     losses: dict[int, float] = {}
     norms: dict[int, float] = {}
     saved: Path | None = None
@@ -41,32 +42,38 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         for notice in run.notices:
             reporter.message(notice)
         run.callbacks.on_train_start(run)
-        while progress.iteration < settings.train_iters and stopped_by is None:
+        if settings.skip_train:
+            valid_loss, last = evaluate_and_print_results(run, forward_step, reporter), progress.iteration
+        while progress.iteration < last and stopped_by is None:
             result = train_step(run, forward_step)
             progress.iteration += 1
-            progress.consumed_samples += settings.global_batch_size
+            progress.consumed_samples += result.sequences
             losses[progress.iteration], norms[progress.iteration] = result.loss, result.grad_norm
-            reporter.step(progress.iteration, result, lambda: auxiliary_losses(run))
+            reporter.step(
+                progress.iteration, result, partial(auxiliary_losses, run, run.num_microbatches(result.sequences))
+            )
+            if result.told is not None:
+                reporter.message(result.told)
             run.callbacks.on_step_end(run, result)
             if _due(settings.eval_interval, progress.iteration):
                 valid_loss = evaluate_and_print_results(run, forward_step, reporter)
             stopped_by = stop.reason(asked=run.stop_requested is not None)
-            done = progress.iteration == settings.train_iters or stopped_by is not None
+            if stopped_by is None and progress.iteration < last and _due(settings.exit_interval, progress.iteration):
+                stopped_by = "exit_interval"
+            done = progress.iteration == last or stopped_by is not None
             if _saves(run) and (done or _due(run.cfg.checkpoint.save_interval, progress.iteration)):
                 run.logger_states = reporter.states()
                 saved = save_or_go_on(run, reporter, last=done) or saved
         with whole_parameters(run.model):
             pass  # the caller may go on to use the model
         if stopped_by is not None:
-            reporter.message(
-                _how_to_resume(run.stop_requested or stopped_by, progress.iteration, settings.train_iters, saved)
-            )
+            reporter.message(_how_to_resume(run.stop_requested or stopped_by, progress.iteration, last, saved))
     ended = TrainResult(
         iteration=progress.iteration,
         loss=losses.get(progress.iteration),
         losses=losses,
         grad_norms=norms,
-        stopped_by=stopped_by or "train_iters",
+        stopped_by=stopped_by or ("skip_train" if settings.skip_train else "train_iters"),
         checkpoint=saved,
         valid_loss=valid_loss,
     )

@@ -18,7 +18,7 @@ class ConsoleLogger(MetricLogger):
 
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         super().__init__(cfg, first, state)
-        self._last = cfg.train.train_iters
+        self._last = cfg.train.total_iters
         self._started = time.monotonic()
         self._bar: Any = None
         self._open_bar()
