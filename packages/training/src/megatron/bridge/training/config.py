@@ -172,6 +172,9 @@ class LoggerConfig:
         wandb_save_dir: folder for wandb's own files; None leaves it to wandb.
         mlflow_experiment: MLflow experiment; needs the extra `mlflow`. None records nothing.
         mlflow_tracking_uri, mlflow_run_name: server or folder, and name of the run there; None leaves them to MLflow.
+        peak_tflops: what a device can do at most, for model FLOPs utilisation; None for what is known of the device.
+        straggler_factor: tell when a rank takes this many times as long as the median rank to wait for data or to
+            compute a step's gradients, over the steps since the last progress line; None never does.
         loggers: names of the group `megatron.bridge.loggers`, instead of those that the settings above ask for.
         options: settings by logger, for loggers of other packages.
     """
@@ -187,6 +190,8 @@ class LoggerConfig:
     mlflow_experiment: str | None = None
     mlflow_tracking_uri: str | None = None
     mlflow_run_name: str | None = None
+    peak_tflops: float | None = None
+    straggler_factor: float | None = None
     loggers: list[str] | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -61,9 +61,8 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
         restore(run)
     elif cfg.checkpoint.pretrained_checkpoint is not None:
         start_from(run)
-    run.train_data = batches_per_chunk(
-        cfg, train_set, len(model), cfg.train.batch_sizes.at, run.progress.consumed_samples
-    )
+    data = batches_per_chunk(cfg, train_set, len(model), cfg.train.batch_sizes.at, run.progress.consumed_samples)
+    run.train_data = [run.phases.waiting(each) for each in data]
     return run
 
 

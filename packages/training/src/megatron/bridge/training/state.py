@@ -3,11 +3,14 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.callbacks import Callbacks
 from megatron.bridge.training.fault_tolerance import Guard
+from megatron.bridge.training.flops import step_flops
+from megatron.bridge.training.phases import Phases
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +44,7 @@ class RunState:
         logger_states: what the loggers said of themselves in the last checkpoint.
         stop_requested: why a callback wants the run to end.
         notices: what is to be told when the loop starts.
+        phases: where the time of the steps goes.
         guard: watches for steps that go wrong.
     """
 
@@ -56,10 +60,16 @@ class RunState:
     stop_requested: str | None = None
     notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    phases: Phases = field(default_factory=Phases)
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.cfg.fault_tolerance, scaled=self.cfg.model.fp16)
+
+    @cached_property
+    def flops_per_sequence(self) -> float | None:
+        """Operations that a training sequence takes; None where they are not known."""
+        return step_flops(self.cfg.model, 1)
 
     @property
     def batch_size(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge import platform
 from megatron.bridge.training.auxiliary_losses import forget_last_step
 from megatron.bridge.training.fault_tolerance import Gradients, NotFinite
 from megatron.bridge.training.gpt_step import LOSS
@@ -46,10 +47,11 @@ def train_step(run: "RunState", forward_step: Any) -> StepResult:
             that leaps; where `fault_tolerance` does not say otherwise.
     """
     learning_rate, sequences = _learning_rate(run.optimizer), run.batch_size
-    verdict = run.guard.watched(run, partial(compute_gradients, run, forward_step))
-    updated, grad_norm = _update(run, verdict.gradients.loss) if verdict.update else (False, 0.0)
-    run.scheduler.step(sequences)
-    found = verdict.gradients
+    with run.phases.step():
+        verdict = run.guard.watched(run, partial(compute_gradients, run, forward_step))
+        found = verdict.gradients
+        updated, grad_norm = _update(run, found.loss) if verdict.update else (False, 0.0)
+        run.scheduler.step(sequences)
     return StepResult(found.loss, found.tokens, grad_norm, learning_rate, not updated, sequences, verdict.told)
 
 
@@ -63,7 +65,8 @@ def compute_gradients(run: "RunState", forward_step: Any, data: list["Batches"])
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     forget_last_step()
-    reports = forward_backward(run, forward_step, data, run.num_microbatches(run.batch_size), training=True)
+    with run.phases("forward_backward"):
+        reports = forward_backward(run, forward_step, data, run.num_microbatches(run.batch_size), training=True)
     run.callbacks.on_gradients(run)
     loss, tokens, own = reduced_loss(reports, run.progress.iteration + 1)
     if not run.guard.awake:
@@ -73,6 +76,13 @@ def compute_gradients(run: "RunState", forward_step: Any, data: list["Batches"])
 
 def finish_gradients(run: "RunState", *arguments: Any, **settings: Any) -> None:
     """Reduce the gradients of all micro-batches, as Megatron-Core's schedule asks for when it has them."""
+    # The device may still be computing what the host has asked for.
+    platform.synchronize()
+    with run.phases("gradient_sync"):
+        _reduce(run, *arguments, **settings)
+
+
+def _reduce(run: "RunState", *arguments: Any, **settings: Any) -> None:
     from megatron.core.distributed import finalize_model_grads
 
     # Where reduction overlaps with the backward pass, it has begun already.
@@ -86,7 +96,8 @@ def finish_gradients(run: "RunState", *arguments: Any, **settings: Any) -> None:
 
 def _update(run: "RunState", loss: float) -> tuple[bool, float]:
     """Let the optimizer step; whether it did, and the norm of the gradient before clipping."""
-    updated, grad_norm, _ = run.optimizer.step()
+    with run.phases("optimizer"):
+        updated, grad_norm, _ = run.optimizer.step()
     if not updated and run.optimizer.get_loss_scale().item() == 1.0:
         raise NotFinite(f"the optimizer refused the update of iteration {run.progress.iteration + 1}")
     if updated and not math.isfinite(grad_norm):

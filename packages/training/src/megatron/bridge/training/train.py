@@ -8,6 +8,7 @@ from megatron.bridge import platform
 from megatron.bridge.training.auxiliary_losses import auxiliary_losses
 from megatron.bridge.training.evaluate import evaluate_and_print_results
 from megatron.bridge.training.parameter_sync import whole_parameters
+from megatron.bridge.training.performance import performance
 from megatron.bridge.training.reporter import Reporter
 from megatron.bridge.training.saving import save_or_go_on
 from megatron.bridge.training.state import TrainResult
@@ -16,6 +17,7 @@ from megatron.bridge.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from megatron.bridge.training.state import RunState
+    from megatron.bridge.training.step import StepResult
 
 
 def train(run: "RunState", forward_step: Any) -> TrainResult:
@@ -49,9 +51,7 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
             progress.iteration += 1
             progress.consumed_samples += result.sequences
             losses[progress.iteration], norms[progress.iteration] = result.loss, result.grad_norm
-            reporter.step(
-                progress.iteration, result, partial(auxiliary_losses, run, run.num_microbatches(result.sequences))
-            )
+            reporter.step(progress.iteration, result, partial(_others, run, result, reporter))
             if result.told is not None:
                 reporter.message(result.told)
             run.callbacks.on_step_end(run, result)
@@ -79,6 +79,14 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
     )
     run.callbacks.on_train_end(run, ended)
     return ended
+
+
+def _others(run: "RunState", result: "StepResult", reporter: Reporter) -> dict[str, float]:
+    """What is told of a logged step besides its result. Collective."""
+    found = performance(run, result.sequences)
+    for line in found.stragglers:
+        reporter.message(line)
+    return auxiliary_losses(run, run.num_microbatches(result.sequences)) | found.metrics
 
 
 def _due(interval: int | None, iteration: int) -> bool:

@@ -84,6 +84,7 @@ def _sizes(cfg: "ConfigContainer") -> Iterator[str]:
         "train.exit_interval": cfg.train.exit_interval,
         "scheduler.lr_decay_samples": cfg.scheduler.lr_decay_samples,
         "logger.log_interval": cfg.logger.log_interval,
+        "logger.peak_tflops": cfg.logger.peak_tflops,
         "checkpoint.save_interval": cfg.checkpoint.save_interval,
         "checkpoint.most_recent_k": cfg.checkpoint.most_recent_k,
         "fault_tolerance.loss_spike_threshold": cfg.fault_tolerance.loss_spike_threshold,
@@ -340,6 +341,9 @@ def _fault_tolerance(cfg: "ConfigContainer") -> Iterator[str]:
 def _logger(cfg: "ConfigContainer") -> Iterator[str]:
     from megatron.bridge.training.reporter import loggers_of
 
+    factor = cfg.logger.straggler_factor
+    if factor is not None and factor <= 1:
+        yield f"logger.straggler_factor={factor} must be greater than 1; 1.2 tells of ranks that take 20% longer"
     try:
         wanted = list(loggers_of(cfg))
     except BridgeError as error:

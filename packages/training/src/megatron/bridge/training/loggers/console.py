@@ -73,8 +73,17 @@ def _text(metrics: Metrics) -> str:
     others = "".join(f"{short} {metrics[name]:.4f} | " for name, short in _auxiliary(metrics))
     return (
         f"loss {metrics['loss']:.4f} | {others}lr {metrics['learning_rate']:.2e} | "
-        f"grad norm {metrics['grad_norm']:.3f} | {metrics['tokens_per_second']:,.0f} tokens/s"
+        f"grad norm {metrics['grad_norm']:.3f} | {metrics['tokens_per_second']:,.0f} tokens/s{_speed(metrics)}"
     )
+
+
+def _speed(metrics: Metrics) -> str:
+    forms = (
+        ("tflops_per_device", " | {:.3g} TFLOP/s"),
+        ("mfu", " | MFU {:.1%}"),
+        ("memory_gib", " | {:.2f} GiB"),
+    )
+    return "".join(form.format(metrics[name]) for name, form in forms if name in metrics)
 
 
 def _auxiliary(metrics: Metrics) -> Iterator[tuple[str, str]]:
