@@ -38,6 +38,7 @@ __all__ = [
     "LoggerConfig",
     "MixedPrecisionConfig",
     "OptimizerConfig",
+    "ProfilingConfig",
     "RNGConfig",
     "SchedulerConfig",
     "TokenizerConfig",
@@ -224,6 +225,29 @@ class FaultToleranceConfig:
 
 
 @dataclass(kw_only=True)
+class ProfilingConfig:
+    """Which steps to profile, on which ranks and with what. Files go to `profiles/` in `logger.folder`.
+
+    Attributes:
+        use_pytorch_profiler: torch's profiler: a trace for https://ui.perfetto.dev, phases and operators named.
+        use_nsys_profiler: ranges for `nsys profile --capture-range=cudaProfilerApi`; needs CUDA.
+        record_memory_history: a snapshot of device memory for https://pytorch.org/memory_viz; needs CUDA.
+        profile_step_start: steps before the first one to be profiled.
+        profile_step_end: the last step to be profiled.
+        profile_ranks: ranks to profile.
+        record_shapes: name the operators' input shapes too.
+    """
+
+    use_pytorch_profiler: bool = False
+    use_nsys_profiler: bool = False
+    record_memory_history: bool = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    record_shapes: bool = False
+
+
+@dataclass(kw_only=True)
 class RNGConfig:
     """Random state. `seed`: seeds weights, dropout and the order of data loading."""
 
@@ -270,6 +294,7 @@ class ConfigContainer:
     ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
 

@@ -21,6 +21,9 @@ class Phases:
 
     Use it as `with phases("optimizer"):`. On a GPU the host runs ahead of the device; the phases end where it waits for
     the device in any case, or where `finish_gradients` makes it wait.
+
+    Attributes:
+        marked: the phases show up in profiles.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,7 @@ class Phases:
         self._open: list[str] = []
         self._since = 0.0
         self._steps = 0
+        self.marked = False
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -35,7 +39,8 @@ class Phases:
         self._charge()
         self._open.append(phase)
         try:
-            yield
+            with _mark(phase) if self.marked else contextlib.nullcontext():
+                yield
         finally:
             self._charge()
             self._open.pop()
@@ -72,3 +77,9 @@ class Phases:
                 except StopIteration:
                     return
             yield batch
+
+
+def _mark(phase: str) -> contextlib.AbstractContextManager[object]:
+    from torch.profiler import record_function
+
+    return record_function(phase)

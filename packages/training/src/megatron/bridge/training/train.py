@@ -9,6 +9,7 @@ from megatron.bridge.training.auxiliary_losses import auxiliary_losses
 from megatron.bridge.training.evaluate import evaluate_and_print_results
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.performance import performance
+from megatron.bridge.training.profiler import Profiler
 from megatron.bridge.training.reporter import Reporter
 from megatron.bridge.training.saving import save_or_go_on
 from megatron.bridge.training.state import TrainResult
@@ -39,6 +40,7 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
     with (
         StopRequest(settings.exit_signal_handler, settings.exit_duration_in_mins) as stop,
         Reporter(run.cfg, progress.iteration, platform.is_rank_zero(), run.logger_states) as reporter,
+        Profiler(run.cfg, run.phases) as profiler,
     ):
         run.train_data = [run.callbacks.watched(run, data) for data in run.train_data]
         for notice in run.notices:
@@ -47,7 +49,8 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         if settings.skip_train:
             valid_loss, last = evaluate_and_print_results(run, forward_step, reporter), progress.iteration
         while progress.iteration < last and stopped_by is None:
-            result = train_step(run, forward_step)
+            with profiler.step(progress.iteration):
+                result = train_step(run, forward_step)
             progress.iteration += 1
             progress.consumed_samples += result.sequences
             losses[progress.iteration], norms[progress.iteration] = result.loss, result.grad_norm

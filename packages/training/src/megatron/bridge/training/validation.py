@@ -14,6 +14,7 @@ from megatron.bridge.training.batch_sizes import ramp_problem
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole
+from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
 from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
 
@@ -37,7 +38,7 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight
         raise ConfigError(str(error)) from error
     checks = [*_CHECKS, *(check for what, those in _CHECKS_BY_SIGHT.items() if what in sight for check in those)]
     found = [problem for check in checks for problem in check(cfg)]
-    found += _layout_problems(cfg, world_size)
+    found += [*_layout_problems(cfg, world_size), *rank_problems(cfg, world_size)]
     if found:
         raise ConfigError(report("the configuration cannot run", found))
 
@@ -326,6 +327,11 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
 
 
+def _profiling(cfg: "ConfigContainer") -> Iterator[str]:
+    if _has_length(cfg):
+        yield from profiling_problems(cfg)
+
+
 def _fault_tolerance(cfg: "ConfigContainer") -> Iterator[str]:
     settings = cfg.fault_tolerance
     for name in ("rerun_tolerance", "max_skips_in_a_row"):
@@ -391,6 +397,6 @@ def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
     yield from secret_problems((each.key, each.value) for each in values_of(cfg))
 
 
-_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _secrets)
+_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _profiling, _secrets)
 # What can be proven only where the run's files, or the machine that it runs on, are.
-_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems,)}
+_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems, machine_problems)}
