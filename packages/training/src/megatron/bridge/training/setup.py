@@ -10,6 +10,7 @@ from megatron.bridge.training.auxiliary_losses import start_recording
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import restore, start_from
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.determinism import deterministic
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 from megatron.bridge.training.step import finish_gradients
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 def distributed(cfg: "ConfigContainer") -> Iterator[None]:
     """torch.distributed and Megatron's process groups for `cfg`; what existed before stays when the block ends well.
 
+    With `model.deterministic_mode` torch works deterministically within the block (`determinism`).
+
     After an error nothing is taken down: a peer may hang, and taking down waits for it.
     """
     import torch.distributed as dist
@@ -30,8 +33,9 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
     from megatron.bridge import platform
 
     had_world, had_groups = dist.is_initialized(), parallel_state.is_initialized()
-    platform.initialize_distributed(cfg.dist.timeout_seconds)
-    yield
+    with deterministic(cfg.model.deterministic_mode):
+        platform.initialize_distributed(cfg.dist.timeout_seconds)
+        yield
     if not had_groups and parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if not had_world:

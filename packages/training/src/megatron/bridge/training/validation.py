@@ -177,6 +177,7 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"model: {error}"
     tensor = model.tensor_model_parallel_size
     yield from _sequence_parts(model)
+    yield from _recompute(model)
     if getattr(model, "multi_latent_attention", False):
         yield "model.multi_latent_attention=True is not supported by this training loop yet; leave it unset"
     if getattr(model, "num_moe_experts", None) and tensor > 1 and not model.sequence_parallel:
@@ -201,6 +202,20 @@ def _sequence_parts(model: Any) -> Iterator[str]:
         parts = chunks * tensor
         fitting = max(model.seq_length // parts, 1) * parts
         yield f"model.seq_length={model.seq_length} is not divided by {' and '.join(named)}; {fitting} would do"
+
+
+# Modules whose outputs Megatron-Core gives up by a means that asks Transformer Engine for its state (0.19).
+_RECOMPUTED_BY_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
+
+
+def _recompute(model: Any) -> Iterator[str]:
+    named = set(model.recompute_modules or ()) if model.recompute_granularity == "selective" else set()
+    if importlib.util.find_spec("transformer_engine") is None:
+        for name in sorted(named.intersection(_RECOMPUTED_BY_ENGINE)):
+            yield (
+                f"model.recompute_modules names {name!r}, which Megatron-Core computes again only where Transformer "
+                "Engine is installed; leave it out, or take recompute_granularity=full"
+            )
 
 
 _LOW_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
