@@ -243,7 +243,7 @@ def _write(folder: Path, kind: str) -> Path:
         else:
             dataset.save_to_disk(target, num_shards=3)
         return target
-    (gzip.open(target, "wt") if kind.endswith("gz") else target.open("w")).write(data)
+    target.write_bytes(gzip.compress(data.encode()) if kind.endswith("gz") else data.encode())
     return target
 
 
