@@ -17,29 +17,24 @@ from megatron.bridge.training.config import SFTDatasetConfig, TokenizerConfig
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
-LENGTH, ROWS, STEPS = 64, 24, 3
+LENGTH, ROWS, STEPS = 64, 16, 2
 TOLERANCE = 1e-5
 
 TP, PP, CP = ({f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context"))
 SP = TP | {"sequence_parallel": True}
+LEARNED = {"position_embedding_type": "learned_absolute"}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one rank": {}, "learned positions": {"position_embedding_type": "learned_absolute"}},
-    2: {
-        "CP2": CP,
-        "PP2": PP,
-        "TP2": TP,
-        "TP2 + SP": SP,
-        "CP2, learned": CP | {"position_embedding_type": "learned_absolute"},
-    },
-    4: {"PP2 x CP2": PP | CP, "TP2 x CP2 + SP": SP | CP, "PP4": {"pipeline_model_parallel_size": 4}},
+    1: {"one rank": {}, "learned positions": LEARNED},
+    2: {"CP2": CP, "PP2": PP, "TP2 + SP": SP, "CP2, learned": CP | LEARNED},
+    4: {"PP4": {"pipeline_model_parallel_size": 4}},
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of bytes and 24 rows of different lengths."""
+    """A tokenizer of bytes and 16 rows of different lengths."""
     folder = tmp_path_factory.mktemp("packed")
-    train_bpe_tokenizer(["a"], 260 - 1, folder / "tokenizer")
+    train_bpe_tokenizer(["a"], 259, folder / "tokenizer")
     rows = [{"prompt": "ab" * (1 + at % 5), "completion": chr(97 + at) * (1 + at * 7 % 23)} for at in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -74,8 +69,8 @@ def runs(make_run: Any, folder: Path) -> dict[str, dict[str, Any]]:
     """name -> losses, norms, first gradients by rank, and the weights at the end; "separate ..." is one by one."""
 
     def configured(model: dict[str, Any], packing: bool, **settings: Any) -> Any:
-        model = {"vocab_size": None, "seq_length": LENGTH, "calculate_per_token_loss": True} | model
-        cfg = make_run(model, train_iters=STEPS, **settings)
+        model = {"vocab_size": 288, "seq_length": LENGTH, "calculate_per_token_loss": True} | model
+        cfg = make_run(model, train_iters=STEPS, lr_warmup_iters=0, **settings)
         cfg.tokenizer = TokenizerConfig(tokenizer_model=str(folder / "tokenizer"))
         cfg.dataset = SFTDatasetConfig(
             data_paths=[str(folder / "rows.jsonl")],
@@ -109,16 +104,17 @@ def runs(make_run: Any, folder: Path) -> dict[str, dict[str, Any]]:
         from megatron.bridge.training.checkpoint import save_checkpoint
         from megatron.bridge.training.setup import distributed, setup
 
-        for name, model in (("rotary", {}), ("learned", {"position_embedding_type": "learned_absolute"})):
+        for name, model in (("rotary", {}), ("learned", LEARNED)):
             cfg = configured(model, False, save=str(folder / name))
             with distributed(cfg):
                 save_checkpoint(0, setup(cfg).model, None, None, cfg)
 
     def work(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        if "separate" in layouts:
+            begin()
         return {name: train(name, model, packing=not name.startswith("separate")) for name, model in layouts.items()}
 
-    separate = {"blind": {}, "separate": {}, "separate, learned": {"position_embedding_type": "learned_absolute"}}
-    run_ranks(1, begin, timeout=100)
+    separate = {"blind": {}, "separate": {}, "separate, learned": LEARNED}
     found: dict[str, dict[str, Any]] = {}
     for ranks, layouts in LAYOUTS.items():
         by_rank = run_ranks(ranks, work, layouts | (separate if ranks == 1 else {}), timeout=300)
@@ -155,7 +151,7 @@ def test_losses_norms_and_weights_are_those_of_separate_documents(runs: dict[str
     assert ours["norms"] == pytest.approx(theirs["norms"], abs=TOLERANCE, rel=TOLERANCE)
     assert ours["weights"].keys() == theirs["weights"].keys()
     for key, value in theirs["weights"].items():
-        # Three steps of Adam with a rate of 3e-3 magnify the last bits of the smallest gradients.
+        # Two steps of Adam with a rate of 3e-3 magnify the last bits of the smallest gradients.
         assert (ours["weights"][key] - value).abs().max() < 1e-4, key
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron.bridge.conversion.rank_agreement import on_every_rank, on_rank_zero
 from megatron.bridge.data.datasets.sft_plan import SFTPlan, SFTSource, plan_sft
 from megatron.bridge.data.datasets.sft_samples import PackedSFTDataset, SampleSettings, SFTDataset
-from megatron.bridge.data.instruction.store import EncodedStore, holds_store, write_store
+from megatron.bridge.data.instruction.store import EncodedStore
 from megatron.bridge.data.packing import pack
 from megatron.bridge.data.splits import SPLIT_NAMES, document_range
 from megatron.bridge.errors import BridgeError
@@ -28,10 +28,10 @@ def build_splits(config: SFTDatasetConfig, context: DatasetBuildContext) -> tupl
     """The wanted datasets, built on every rank."""
     if torch.distributed.is_initialized():
         plan = on_every_rank(lambda: plan_sft(config, context), "the dataset")
-        on_rank_zero(lambda: _prepare(plan), "the dataset")
+        on_rank_zero(plan.prepare, "the dataset")
     else:
         plan = plan_sft(config, context)
-        _prepare(plan)
+        plan.prepare()
     if config.sequence_length is None:
         raise BridgeError("dataset.sequence_length is not set; it is the number of tokens per sample")
     built: list[Split] = [None] * len(SPLIT_NAMES)
@@ -42,13 +42,6 @@ def build_splits(config: SFTDatasetConfig, context: DatasetBuildContext) -> tupl
                 built[split] = _build_split(plan, source, store, split, context)
     train, valid, test = built
     return train, valid, test
-
-
-def _prepare(plan: SFTPlan) -> None:
-    for source in plan.sources:
-        if not holds_store(source.folder):
-            preparation = plan.preparation()
-            write_store(source.folder, preparation.samples(source.files), preparation.counts)
 
 
 def _build_split(

@@ -14,6 +14,7 @@ from megatron.bridge.data.instruction.formats import dataset_format
 from megatron.bridge.data.instruction.prepare import Preparation
 from megatron.bridge.data.instruction.rendering import Renderer
 from megatron.bridge.data.instruction.rows import find_row_files
+from megatron.bridge.data.instruction.store import holds_store, write_store
 from megatron.bridge.data.instruction.templates import prompt_template
 from megatron.bridge.data.instruction.truncation import check_truncation
 from megatron.bridge.data.splits import SPLIT_NAMES, parse_split
@@ -47,8 +48,15 @@ class SFTPlan:
     renderer: Renderer
     pad: int
 
-    def preparation(self) -> Preparation:
-        """What reads and encodes the rows."""
+    def prepare(self) -> None:
+        """Tokenize the rows of every source that has not been."""
+        for source in self.sources:
+            if not holds_store(source.folder):
+                preparation = self.preparation()
+                write_store(source.folder, preparation.samples(source.files), preparation.counts)
+
+    def preparation(self, **more: Any) -> Preparation:
+        """What reads and encodes the rows; `more` goes to it too."""
         length = self.config.sequence_length
         return Preparation(
             dataset_format(self.config.dataset_format),
@@ -56,12 +64,12 @@ class SFTPlan:
             self.tokenizer,
             longest=None if length is None else length + 1,
             truncation=self.config.truncation,
-            skip_bad_rows=self.config.skip_bad_rows,
+            **{"skip_bad_rows": self.config.skip_bad_rows, **more},
         )
 
 
-def plan_sft(config: SFTDatasetConfig, context: DatasetBuildContext) -> SFTPlan:
-    """Check everything that can be without reading all rows; the first ones are encoded as a proof.
+def plan_sft(config: SFTDatasetConfig, context: DatasetBuildContext, *, try_rows: bool = True) -> SFTPlan:
+    """Check everything that can be without reading all rows; the first ones are encoded as a proof (`try_rows`).
 
     Raises:
         BridgeError: names the field at fault and the remedy.
@@ -81,7 +89,7 @@ def plan_sft(config: SFTDatasetConfig, context: DatasetBuildContext) -> SFTPlan:
         for files, shares in _files(config, context)
     ]
     plan = SFTPlan(config, sources, tokenizer, renderer, pad)
-    for source in sources:
+    for source in sources if try_rows else ():
         _try_first_rows(plan, source)
     return plan
 

@@ -1,7 +1,7 @@
 """From files to encoded conversations: one pass, in bounded memory, with every row that cannot be used named."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ class Sample:
     encoded: Encoded
     piece: int
     origin: str
-    full_length: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Preparation:
         longest: most tokens of a sample; None for no limit.
         truncation: see `truncation.fit`.
         skip_bad_rows: how many rows may be unusable.
+        watch: is told the tokens of each conversation before it is made to fit.
     """
 
     def __init__(
@@ -73,10 +73,12 @@ class Preparation:
         *,
         longest: int | None,
         truncation: str,
-        skip_bad_rows: int = 0,
+        skip_bad_rows: float = 0,
+        watch: Callable[[int], object] = lambda tokens: None,
     ) -> None:
         self._form, self._renderer, self._tokenizer = form, renderer, tokenizer
         self._longest, self._truncation, self._tolerated = longest, truncation, skip_bad_rows
+        self._watch = watch
         self.counts = Counts()
 
     def samples(self, files: Sequence[Path]) -> Iterator[Sample]:
@@ -145,12 +147,13 @@ class Preparation:
         if isinstance(encoded, BadRow):
             raise encoded
         length = len(encoded.ids)
+        self._watch(length)
         longest = length if self._longest is None else self._longest
         kept = fit(read.conversation, encoded, longest, self._truncation, self._again)
         self.counts.truncated += kept is not None and length > longest
         self.counts.dropped += kept is None
         assert kept is not None or self._truncation == DROP
-        return None if kept is None else Sample(kept, read.piece, read.origin, length)
+        return None if kept is None else Sample(kept, read.piece, read.origin)
 
     def _again(self, conversation: Conversation) -> Encoded:
         (encoded,) = encode(self._tokenizer, [self._renderer(conversation)])
