@@ -31,9 +31,7 @@ def _shows_what_it_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     """The console block, `...` standing for anything."""
     from megatron.bridge.data.cli import data
 
-    (block,) = re.findall(
-        r"^```console\n\$ megatron-bridge data (.*?)\n(.*?)^```", README.read_text("utf-8"), re.M | re.S
-    )
+    (block,) = re.findall(_CONSOLE, README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("COLUMNS", "200")
     data(shlex.split(block[0]), standalone_mode=False)
     pattern = ".*".join(map(re.escape, block[1].strip().split("...")))
