@@ -80,8 +80,10 @@ def forward_backward(
     return reports
 
 
-def global_loss(reports: list[dict[str, "Tensor"]], iteration: int) -> tuple[float, int]:
+def global_loss(reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False) -> tuple[float, int]:
     """Mean loss per token over all micro-batches and data-parallel ranks, and the number of tokens; on every rank.
+
+    `may_be_empty`: no token at all is a loss of 0, not an error.
 
     Raises:
         NotFinite: (on every rank) the loss is NaN or infinite; names the ranks where it is.
@@ -102,6 +104,8 @@ def global_loss(reports: list[dict[str, "Tensor"]], iteration: int) -> tuple[flo
     total, tokens = totals.tolist()
     if not math.isfinite(total):
         raise NotFinite(_where(healthy, total, iteration))
+    if tokens == 0 and may_be_empty:
+        return 0.0, 0
     if tokens == 0:
         raise NotFinite(f"no token of iteration {iteration} counts for the loss: its loss mask is all zeros")
     return total / tokens, int(tokens)
