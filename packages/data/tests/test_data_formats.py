@@ -272,7 +272,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.csv").write_text("a")
     for path, why in (
-        (tmp_path / "dict", "several splits; name one: .*test' or .*train'"),
+        (tmp_path / "dict", "splits; name one of them: .*test, .*train"),
         (tmp_path / "empty", "holds no .jsonl"),
         (tmp_path / "row.csv", "does not exist; did you mean 'rows.csv'"),
         (tmp_path / "rows.csv", "rows are read from .jsonl"),
@@ -287,7 +287,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         ("b.json", '[{"a": 1}, {"a": ', "row 2 is not JSON"),
         ("c.json", '[{"a": 1} {"a": 1}]', "row 1 is not JSON"),
         ("d.parquet", "text", "cannot be read as Parquet"),
-        ("e.arrow", "text", "cannot be read as an Arrow stream"),
+        ("e.arrow", "text", "cannot be read as Arrow"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(BridgeError, match=why):

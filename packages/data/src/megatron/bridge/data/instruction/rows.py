@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.data.arrow_files import saved_dataset_files, whole_rows
 from megatron.bridge.data.instruction.messages import BadRow
 from megatron.bridge.data.preprocess.sources import read_batches
 from megatron.bridge.errors import BridgeError, did_you_mean
 
-_BATCH_ROWS = 1024
 _CHUNK_CHARACTERS = 1 << 20
 _EXCERPT = 40
 
@@ -79,31 +79,11 @@ def _files_at(path: Path, field: str) -> list[Path]:
 
 
 def _files_of_folder(folder: Path, field: str) -> list[Path]:
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        raise BridgeError(
-            f"{field} names {str(folder)!r}, a dataset of several splits; name one: "
-            + " or ".join(repr(str(folder / split)) for split in splits)
-        )
-    if (folder / "state.json").is_file():
-        return _files_of_saved_dataset(folder)
+    if (saved := saved_dataset_files(folder)) is not None:
+        return saved
     files = sorted(path for path in folder.iterdir() if path.is_file() and _suffix(path) in _READERS)
     if not files:
         raise BridgeError(f"{field} names the folder {str(folder)!r}, which holds no {', '.join(_READERS)} file")
-    return files
-
-
-def _files_of_saved_dataset(folder: Path) -> list[Path]:
-    try:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        files = [folder / entry["filename"] for entry in state["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BridgeError(
-            f"{folder / 'state.json'} is not of a Hugging Face dataset: {error!r}; save it again"
-        ) from error
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise BridgeError(f"{str(missing[0])!r} of the dataset {str(folder)!r} is missing; save or fetch it again")
     return files
 
 
@@ -172,35 +152,9 @@ def _elements(read: Callable[[int], str], name: str) -> Iterator[Any]:
         text = rest[1:] if rest[0] == "," else rest
 
 
-def _parquet(file: Path) -> Iterator[SourceRow]:
-    _pyarrow(file)
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            yield from _of_batches(file, table.iter_batches(_BATCH_ROWS))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BridgeError(f"{file} cannot be read as Parquet: {error}") from error
-
-
-def _arrow(file: Path) -> Iterator[SourceRow]:
-    _pyarrow(file)
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(file)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            yield from _of_batches(file, stream)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BridgeError(f"{file} cannot be read as an Arrow stream: {error}") from error
-
-
-def _of_batches(file: Path, batches: Any) -> Iterator[SourceRow]:
-    numbers = itertools.count(1)
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                yield SourceRow(_without_nulls(row), str(file), next(numbers))
+def _columns(file: Path) -> Iterator[SourceRow]:
+    for number, row in enumerate(whole_rows(file), start=1):
+        yield SourceRow(_without_nulls(row), str(file), number)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -210,17 +164,10 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _pyarrow(file: Path) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("pyarrow") is None:
-        raise BridgeError(f"{file} needs the package pyarrow: uv pip install 'megatron-bridge-data[arrow]'")
-
-
 _READERS: Mapping[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": _columns,
+    ".arrow": _columns,
 }
