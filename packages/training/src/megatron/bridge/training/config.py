@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
 
     from megatron.bridge.data.datasets.gpt import GPTDatasetConfig
+    from megatron.bridge.data.datasets.sft import SFTDatasetConfig
 
 _LAZY = {
     "DistributedDataParallelConfig": "megatron.core.distributed",
     "OptimizerConfig": "megatron.core.optimizer",
     "GPTDatasetConfig": "megatron.bridge.data.datasets.gpt",
+    "SFTDatasetConfig": "megatron.bridge.data.datasets.sft",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "OptimizerConfig",
     "ProfilingConfig",
     "RNGConfig",
+    "SFTDatasetConfig",
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainingConfig",
