@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.gpt_model import BridgeGPTModel
@@ -60,7 +61,7 @@ class HeterogeneousGPTModel(BridgeGPTModel):
         return prepared
 
 
-class LayerInputs(nn.Module):
+class LayerInputs(MegatronModule):
     """Makes every layer's input from the tokens (a table of its own) and their embeddings (a projection).
 
     Args:
@@ -72,7 +73,7 @@ class LayerInputs(nn.Module):
     """
 
     def __init__(self, config: TransformerConfig, rows: int, layers: int, size: int, group: Any) -> None:
-        super().__init__()
+        super().__init__(config)
         self.layers, self.size, self.scale = layers, size, config.hidden_size**-0.5
         self.word_embeddings = VocabParallelEmbedding(
             rows,

@@ -1,7 +1,8 @@
 """Gemma 4 of Google, its text model (2026)."""
 
-from collections import defaultdict
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.shards import COLUMN
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from megatron.bridge.models.heterogeneous_layers import HeterogeneousLayers
 
 _HF, _OWN = "model.layers.{l}", "decoder.layers.{l}"
+_MLP_WEIGHT = re.compile(r"\.mlp\.(shared_experts\.)?linear_fc[12]\.weight")
 _KEYS_AND_VALUES = ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias", "k_norm.weight", "v_norm.weight")
 
 
@@ -127,37 +129,50 @@ class Gemma4Bridge(DenseBridge):
         experts = config.enable_moe_block
         others = [rule for rule in table.rules if not (experts and rule.megatron.startswith(f"{_OWN}.mlp."))]
         return WeightTable.of(
-            others,
-            _expert_rules() if experts else [],
+            self.by_width([*others, *(_expert_rules() if experts else [])]),
             WeightRule(f"{_OWN}.layer_scalar", f"{_HF}.layer_scalar"),
             _input_rules(config.vocab_size_per_layer_input) if config.hidden_size_per_layer_input else [],
             tied=table.tied,
             ignored=table.ignored,
         )
 
+    def by_width(self, rules: Sequence[WeightRule]) -> list[WeightRule]:
+        """The rules, with those of the MLPs' weights apart for every width."""
+        if not (self.hf_config.use_double_wide_mlp and self.hf_config.num_kv_shared_layers):
+            return list(rules)
+        wide = [source is not None for source in self.key_value_sources()]
+        mlp = [rule for rule in rules if _MLP_WEIGHT.search(rule.megatron)]
+        parts = [fragments.at_layers(mlp, _where(wide, doubled)) for doubled in (False, True)]
+        return [*(rule for rule in rules if rule not in mlp), *parts[0], *parts[1]]
+
     def attention_rules(self, differences: Mapping[str, Any]) -> list[WeightRule]:
-        """Attention's weights: one set of rules for every kind of layer."""
-        layers, heads = self.layers(), self.hf_config.num_attention_heads
-        kinds: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        for layer, ((size, groups), source) in enumerate(zip(self.heads(), layers.key_value_sources, strict=True)):
-            own = 0 if source is not None else 2 - layers.value_is_key[layer]
-            kinds[own, size, groups].append(layer)
+        """Attention's weights: a set of rules for every kind of layer."""
+        layers = self.layers()
+        given = zip(layers.key_value_sources, layers.value_is_key, strict=True)
+        own = [0 if source is not None else 2 - is_key for source, is_key in given]
+        kinds = list(zip(own, self.heads(), strict=True))
+        if layers.alike:
+            return self._attention(*kinds[0])
+        return [
+            rule
+            for kind in dict.fromkeys(kinds)
+            for rule in fragments.at_layers(self._attention(*kind), _where(kinds, kind))
+        ]
+
+    def _attention(self, own: int, heads: tuple[int, int]) -> list[WeightRule]:
+        """Of layers whose first projection gives queries and so many of keys and values."""
+        (size, groups), queries = heads, self.hf_config.num_attention_heads
         rules = fragments.attention(
-            heads=heads, groups=heads, head_dim=1, output_bias=self.output_bias(), qk_norm=True, names=self.names
+            heads=queries,
+            groups=groups,
+            head_dim=size,
+            qkv_bias=self.qkv_bias(),
+            output_bias=self.output_bias(),
+            qk_norm=True,
+            fused=InterleaveGroups((queries // groups * size, size, size)[: 1 + own]),
+            names=replace(self.names, qkv=self.names.qkv[: 1 + own]),
         )
-        replaced = ("linear_qkv.weight", "k_layernorm.weight")
-        rules = [rule for rule in rules if not rule.megatron.endswith(replaced)]
-        for (own, size, groups), members in kinds.items():
-            place = _OWN if layers.alike else f"decoder.layers.{{l={','.join(map(str, members))}}}"
-            rows = (heads // groups * size, size, size)[: 1 + own]
-            for kind in ("weight", "bias") if self.qkv_bias() else ("weight",):
-                sources = tuple(f"{_HF}.{name}.{kind}" for name in self.names.qkv[: 1 + own])
-                qkv = f"{place}.self_attention.linear_qkv.{kind}"
-                rules.append(WeightRule(qkv, sources, InterleaveGroups(rows), COLUMN))
-            if own:
-                norm = f"{place}.self_attention.k_layernorm.weight"
-                rules.append(WeightRule(norm, f"{_HF}.{self.names.k_norm}.weight"))
-        return rules
+        return [rule for rule in rules if own or ".k_layernorm." not in rule.megatron]
 
     def ignored(self) -> tuple[str, ...]:
         """Published files hold keys and values of layers that have none."""
@@ -166,6 +181,10 @@ class Gemma4Bridge(DenseBridge):
             return super().ignored()
         layer = f"model.layers.{{l={','.join(sharing)}}}.self_attn"
         return (*super().ignored(), *(f"{layer}.{name}" for name in _KEYS_AND_VALUES))
+
+
+def _where[T](values: Sequence[T], wanted: T) -> list[int]:
+    return [index for index, value in enumerate(values) if value == wanted]
 
 
 def _input_rules(vocab_size: int) -> list[WeightRule]:
