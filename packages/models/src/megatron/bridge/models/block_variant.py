@@ -132,7 +132,7 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
         raise BridgeError(
             "a parallel block has no selective recomputation; set recompute_granularity to 'full' or None"
         )
-    kind = {"module": VariantLayer}
+    kind: dict[str, Any] = {"module": VariantLayer}
     if variant.heterogeneous_layers is not None:
         _refuse_misfit(variant.heterogeneous_layers, config)
         kind = {"module": HeterogeneousLayer, "params": {"layers": variant.heterogeneous_layers}}

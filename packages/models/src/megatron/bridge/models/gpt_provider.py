@@ -107,9 +107,23 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         if self._provides_initial_weights():
             values["perform_initialization"] = False
         try:
-            return self.config_class(**values)
+            return self._checked(values)
         except (ValueError, AssertionError, TypeError) as error:
             raise BridgeError(f"Megatron-Core refuses the model's configuration: {error}") from error
+
+    def _checked(self, values: dict[str, Any]) -> TransformerConfig:
+        """Megatron-Core's config of these values.
+
+        Megatron-Core refuses biases of experts that tensor parallelism divides: its own would be added once per rank.
+        Those of the layer spec `torch` are added once.
+        """
+        size = values["expert_tensor_parallel_size"]
+        torch_spec = (self.layer_spec or default_layer_spec()) == "torch"
+        if not (torch_spec and self.num_moe_experts and self.add_bias_linear) or size == 1:
+            return self.config_class(**values)
+        config = self.config_class(**{**values, "expert_tensor_parallel_size": 1})
+        config.expert_tensor_parallel_size = size or self.tensor_model_parallel_size
+        return config
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -213,7 +227,9 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
     def _head_sizes(self) -> list[int] | None:
         """Channels per head of every layer, where they differ."""
         layers = self.heterogeneous_layers
-        return layers and [layers.size(layer, "kv_channels", self) for layer in range(len(layers.sizes))]
+        if layers is None:
+            return None
+        return [layers.size(layer, "kv_channels", self) for layer in range(len(layers.sizes))]
 
     def replace(self, **changes: Any) -> "GPTModelProvider":
         """A copy with some fields changed; the hooks registered on this one are not carried over."""

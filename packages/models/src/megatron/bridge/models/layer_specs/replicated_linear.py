@@ -16,5 +16,5 @@ def replicated_linear(config: TransformerConfig, inputs: int, outputs: int) -> n
     if config.perform_initialization and config.init_method is not None:
         with torch.no_grad():
             config.init_method(linear.weight)
-    linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+    linear.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return linear
