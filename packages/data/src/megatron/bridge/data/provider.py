@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import Registry
@@ -48,9 +48,12 @@ class DatasetProvider(ABC):
 
     Attributes:
         num_workers: processes that load samples ahead of the training step; 0 loads in the training process.
+        dataloader_type: `single` draws training samples in the dataset's own order, once; `cyclic` draws them in an
+            order that `rng.seed` decides anew for every pass, for as long as the run lasts.
     """
 
     num_workers: int = 0
+    dataloader_type: Literal["single", "cyclic"] = "single"
 
     def validate(self, context: DatasetBuildContext) -> None:
         """Refuse what cannot work, before a model is built. Cheap; no collective; needs no torch.

@@ -1,0 +1,46 @@
+"""Endless samples of a finite dataset: every epoch in an order of its own, which the seed decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_ENDLESS = 1 << 62  # more samples than any run draws
+
+
+class Reshuffled(Dataset[Any]):
+    """Sample `k` is one of epoch `k // len(dataset)`; each epoch holds every sample once.
+
+    The order depends on the seed and the number of the epoch alone: not on ranks, workers or where a run was resumed.
+
+    Args:
+        dataset: map-style, not empty.
+        seed: of the orders.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        if len(dataset) == 0:
+            raise BridgeError("the dataset is empty: there is nothing to draw from, in any order")
+        self.dataset, self.seed = dataset, seed
+        self._epoch, self._order = -1, [0]
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> Any:
+        epoch, place = divmod(index, len(self.dataset))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._order_of(epoch)
+        return self.dataset[int(self._order[place])]
+
+    def _order_of(self, epoch: int) -> Sequence[int]:
+        import numpy as np
+
+        order: Sequence[int] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.dataset))
+        return order
