@@ -1,4 +1,4 @@
-"""Mixtures of experts and models with prediction layers train as on one rank, wherever their parts are."""
+"""Experts with biases and prediction layers train as on one rank, wherever their parts are."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
     "moe_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 48,
+    "add_bias_linear": True,
     "moe_layer_freq": [0, 1, 1, 1],
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_load_balancing_type": "none",
@@ -26,32 +26,22 @@ EXPERTS: dict[str, Any] = {
 # kind -> (model fields, steps)
 KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "experts": (EXPERTS, 10),
-    "biases": (EXPERTS | {"add_bias_linear": True, "moe_shared_expert_intermediate_size": None}, 10),
     "prediction": ({"mtp_num_layers": 2}, 20),
 }
-EP = {"expert_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
 WITHOUT_SP = {"tensor_model_parallel_size": 2}
 TP = WITHOUT_SP | {"sequence_parallel": True}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 # (kind, name) -> (ranks, model fields, settings)
 LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any], dict[str, Any]]] = {
-    ("experts", "DP2"): (2, {}, {}),
-    ("experts", "EP2"): (2, EP, {}),
-    ("experts", "EP2, distributed optimizer"): (2, EP, DISTRIBUTED),
+    ("experts", "ETP2, distributed optimizer"): (2, {"expert_tensor_parallel_size": 2}, DISTRIBUTED),
     ("experts", "TP2, divided"): (2, TP, {}),
-    ("experts", "TP2, whole"): (2, TP | EP | {"expert_tensor_parallel_size": 1}, {}),
-    ("experts", "PP2 x EP2"): (4, EP | PP, {}),
-    ("experts", "TP2 x EP2"): (4, TP | EP, {}),
-    ("experts", "DP2 x EP2, distributed optimizer"): (4, EP, DISTRIBUTED),
-    ("biases", "ETP2, distributed optimizer"): (2, {"expert_tensor_parallel_size": 2}, DISTRIBUTED),
-    ("biases", "TP2, divided"): (2, TP, {}),
     ("prediction", "TP2"): (2, WITHOUT_SP, {}),
     ("prediction", "TP2, sequence parallel"): (2, TP, {}),
     ("prediction", "PP2"): (2, PP, {}),
 }
 # What only a kind's weights are called.
-MARKS = {"experts": ".experts.experts.", "biases": "linear_fc2.bias", "prediction": "mtp.layers.1."}
+MARKS = {"experts": "experts.experts.linear_fc2.bias", "prediction": "mtp.layers.1."}
 
 
 @pytest.fixture(scope="module")
