@@ -104,7 +104,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
         if (layers := self.heterogeneous_layers) is not None:
             values |= {"hetereogenous_dist_checkpoint": not layers.alike, "variable_seq_lengths": layers.hands_on}
-        if self._provides_initial_weights():
+        if self.loads_weights:
             values["perform_initialization"] = False
         try:
             return self._checked(values)
