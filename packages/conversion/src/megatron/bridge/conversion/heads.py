@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SUFFIXES = ("ForSequenceClassification", "ForTokenClassification")
-# Architectures that are more than a decoder; transformers lists some of them among the causal language models. Others are
-# listed there by the decoder that they have; that one is of a kind of its own too, called `KIND_text`.
+# Architectures that are more than a decoder; transformers lists some of them among the causal language models. Others
+# are listed there by the decoder that they have; that one is of a kind of its own too, called `KIND_text`.
 _OF_PARTS = "ForConditionalGeneration"
 # Families whose token classifiers are older than transformers' shared one; their head has a bias in any case.
 _WITH_CLASSIFIER = ("Bloom", "BioGpt", "Falcon", "GPT2", "GPTBigCode", "GPTNeo", "GPTNeoX", "Mpt")
