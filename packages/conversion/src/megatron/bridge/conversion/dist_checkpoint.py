@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.conversion.checkpoint_layout import (
     METADATA_FILE,
     CheckpointError,
+    announce_latest,
     iteration_folder,
     iteration_of,
     latest_iteration,
@@ -282,6 +283,7 @@ def _verify_written(folder: Path, sharded_state_dict: ShardedStateDict) -> None:
 
 def publish(partial: Path, target: Path, iteration: int) -> None:
     """Rename a finished folder to its name, in place of one that is there, and make it the latest."""
+    announce_latest(target.parent, iteration)
     if target.exists():
         old = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed in between

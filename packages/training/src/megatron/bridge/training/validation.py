@@ -260,7 +260,7 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         path = getattr(checkpoint, name)
         if path is not None:
             try:
-                start = newest_whole(path) if name == "load" else Found(resolve(path), {})
+                start = newest_whole(path) if name == "load" else Found(resolve(path))
             except BridgeError as error:
                 yield f"checkpoint.{name}: {error}"
     if checkpoint.save is not None:
