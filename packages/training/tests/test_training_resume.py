@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megatron.bridge.conversion import dist_checkpoint
-from megatron.bridge.conversion.checkpoint_layout import CheckpointError, saved_iterations
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
 from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
@@ -221,28 +220,3 @@ def test_without_any_whole_checkpoint_each_is_named(make_run: Callable[..., Any]
         _cut(folder)
     with pytest.raises(BridgeError, match=r"iter_0000002 is damaged.*iter_0000001 is damaged"):
         make_run(load=str(tmp_path)).validate(1)
-
-
-@pytest.mark.parametrize("go_on", [False, True])
-def test_a_save_that_fails_is_tried_again(go_on: bool, make_run: Callable[..., Any], tmp_path: Path) -> None:
-    def work() -> tuple[int, list[int]]:
-        tried = []
-
-        def failing(*arguments: Any, **settings: Any) -> Path:
-            tried.append(arguments[1])
-            # Step 1 fails once, step 2 each time.
-            if tried.count(1) < 2 or arguments[1] == 2:
-                raise CheckpointError("No space left on device")
-            return save(*arguments, **settings)
-
-        save, dist_checkpoint.save = dist_checkpoint.save, failing
-        settings = {"save": str(tmp_path), "save_interval": 1, "save_retries": 1, "go_on_without": go_on}
-        return pretrain(make_run(train_iters=3, **settings), forward_step).iteration, tried
-
-    if go_on:
-        assert run_ranks(2, work) == [(3, [1, 1, 2, 2, 3])] * 2
-        assert saved_iterations(tmp_path) == [1, 3]
-    else:
-        with pytest.raises(RankFailed, match="No space left on device"):
-            run_ranks(2, work)
-        assert saved_iterations(tmp_path) == [1]

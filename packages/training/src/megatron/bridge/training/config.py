@@ -109,6 +109,8 @@ class CheckpointConfig:
     Attributes:
         save: folder for this run's checkpoints; None saves nothing.
         save_interval: steps between checkpoints; the last step is saved in any case.
+        async_save: write in the background while training goes on, from copies of the tensors in host memory; the bytes
+            are those of the step that is saved. The last save of a run is waited for.
         most_recent_k: how many of this run's newest checkpoints to keep; None keeps all. An older one goes only after a
             newer one was verified.
         save_retries: how often a save that failed is tried again, after a second, two, four, ...
@@ -122,6 +124,7 @@ class CheckpointConfig:
 
     save: str | None = None
     save_interval: int | None = None
+    async_save: bool = False
     most_recent_k: int | None = None
     save_retries: int = 2
     go_on_without: bool = False

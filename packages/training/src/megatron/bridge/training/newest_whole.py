@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron.bridge.conversion.checkpoint_files import check_files, listed, read_metadata
 from megatron.bridge.conversion.checkpoint_layout import (
     METADATA_FILE,
     CheckpointError,
@@ -36,22 +37,31 @@ class Found:
         return [f"{problem}; going on from {self.folder}" for problem in (*problems, *self.damaged.values())]
 
 
-def newest_whole(path: str | Path) -> Found:
+def newest_whole(path: str | Path, *, every_bit: bool = False) -> Found:
     """The checkpoint that `path` means: a folder chosen by name as it is; under a root, the newest that is whole.
 
     Under a root the `latest` pointer says which is the newest. Where a process died before it could move the pointer
     to a finished checkpoint, that one is; where the pointer is damaged or names what is not there, the last one is.
 
+    Args:
+        path: a checkpoint root, or one iteration folder.
+        every_bit: compare all files with the digests that were recorded when they were written, each rank its share of
+            them; a folder chosen by name too. Collective. Otherwise only what is missing or cut off is found.
+
     Raises:
         CheckpointError: there is none; the message says why of each.
     """
     root = Path(path)
+    problem_of = _problem_of_any_rank if every_bit else _problem
     if not root.is_dir() or (root / METADATA_FILE).is_file():
-        return Found(resolve(root))
+        chosen = resolve(root)
+        if every_bit and (problem := problem_of(chosen)):
+            raise CheckpointError(problem)
+        return Found(chosen)
     candidates, pointer = _candidates(root)
     damaged: dict[Path, str] = {}
     for folder in candidates:
-        problem = _problem(folder)
+        problem = problem_of(folder)
         if problem is None:
             return Found(folder, damaged, pointer)
         damaged[folder] = problem
@@ -75,13 +85,30 @@ def _candidates(root: Path) -> tuple[list[Path], str | None]:
 
 
 def _problem(folder: Path) -> str | None:
-    from megatron.bridge.conversion.dist_checkpoint import check_files, read_metadata
 
     try:
         check_files(folder, read_metadata(folder))
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _problem_of_any_rank(folder: Path) -> str | None:
+    from megatron.bridge import platform
+    from megatron.bridge.conversion.integrity import wrong_files
+    from megatron.bridge.conversion.rank_agreement import gather
+
+    problem = _problem(folder)
+    found: list[str] = [problem] if problem else []
+    if not found:
+        try:
+            found = wrong_files(folder, platform.rank(), platform.world_size())
+        except CheckpointError as error:
+            found = [str(error)]
+    everywhere = sorted({text for texts in gather(found) for text in texts})
+    if not everywhere:
+        return None
+    return problem or f"checkpoint {folder} is damaged: {listed(everywhere)}"
 
 
 def set_aside(found: Found) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Which checkpoints of a run stay, and what goes that is none."""
 
 import shutil
 from pathlib import Path
@@ -28,6 +28,20 @@ def forget_older(checkpoint: "CheckpointConfig") -> None:
                 _remove(folder)
 
     on_rank_zero(remove_older, f"cannot remove old checkpoints in {root}", CheckpointError)
+
+
+def forget_leftovers(checkpoint: "CheckpointConfig") -> None:
+    """Remove what a killed process was writing or removing in `checkpoint.save`. Collective."""
+    if checkpoint.save is None:
+        return
+    root = Path(checkpoint.save)
+
+    def remove() -> None:
+        for unfinished in ("partial", "removed"):
+            for folder in root.glob(f".iter_*.{unfinished}"):
+                shutil.rmtree(folder)
+
+    on_rank_zero(remove, f"cannot remove what was left in {root}", CheckpointError)
 
 
 def _remove(folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.callbacks import Callback, Callbacks
-from megatron.bridge.training.checkpoint import restore, start_from
+from megatron.bridge.training.checkpoint import load_weights, restore, starting_point
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
@@ -39,7 +39,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     """Validate `cfg`, then build data, model, optimizer and schedule, and load what the run starts from. Collective.
 
     Raises:
-        BridgeError: anything that cannot work; data are checked before the model is built.
+        BridgeError: anything that cannot work; data and checkpoints are checked before the model is built.
     """
     from megatron.bridge import platform
 
@@ -47,16 +47,17 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     seed_everything(cfg.rng.seed)
     cfg.model.initialize_model_parallel(cfg.rng.seed)
     train_set, valid_set = build_datasets(cfg)
+    start = starting_point(cfg)
     model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, wrap_with_ddp=True, seed=cfg.rng.seed)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, _num_microbatches(cfg), [], valid_set)
     run.callbacks = Callbacks(callbacks)
     connect(model, optimizer)
-    if cfg.checkpoint.load is not None:
-        restore(run)
-    elif cfg.checkpoint.pretrained_checkpoint is not None:
-        start_from(run)
+    if start is not None and cfg.checkpoint.load is not None:
+        restore(run, start)
+    elif start is not None:
+        load_weights(model, optimizer, start.folder)
     run.train_data = batches_per_chunk(cfg, train_set, len(model), run.progress.consumed_samples)
     return run
 

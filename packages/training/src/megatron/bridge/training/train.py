@@ -7,7 +7,7 @@ from megatron.bridge import platform
 from megatron.bridge.training.evaluate import evaluate_and_print_results
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.reporter import Reporter
-from megatron.bridge.training.saving import save_or_go_on
+from megatron.bridge.training.saving import Saver
 from megatron.bridge.training.state import TrainResult
 from megatron.bridge.training.step import train_step
 from megatron.bridge.training.stop import StopRequest
@@ -29,12 +29,12 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
     settings, progress = run.cfg.train, run.progress
     losses: dict[int, float] = {}
     norms: dict[int, float] = {}
-    saved: Path | None = None
     valid_loss: float | None = None
     stopped_by: str | None = None
     with (
         StopRequest(settings.exit_signal_handler, settings.exit_duration_in_mins) as stop,
         Reporter(run.cfg, progress.iteration, platform.is_rank_zero(), run.logger_states) as reporter,
+        Saver(run, reporter) as saver,
     ):
         run.train_data = [run.callbacks.watched(run, data) for data in run.train_data]
         for notice in run.notices:
@@ -51,14 +51,15 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
                 valid_loss = evaluate_and_print_results(run, forward_step, reporter)
             stopped_by = stop.reason(asked=run.stop_requested is not None)
             done = progress.iteration == settings.train_iters or stopped_by is not None
+            saver.look()
             if _saves(run) and (done or _due(run.cfg.checkpoint.save_interval, progress.iteration)):
                 run.logger_states = reporter.states()
-                saved = save_or_go_on(run, reporter, last=done) or saved
+                saver.save(last=done)
         with whole_parameters(run.model):
             pass  # the caller may go on to use the model
         if stopped_by is not None:
             reporter.message(
-                _how_to_resume(run.stop_requested or stopped_by, progress.iteration, settings.train_iters, saved)
+                _how_to_resume(run.stop_requested or stopped_by, progress.iteration, settings.train_iters, saver.newest)
             )
     ended = TrainResult(
         iteration=progress.iteration,
@@ -66,7 +67,7 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         losses=losses,
         grad_norms=norms,
         stopped_by=stopped_by or "train_iters",
-        checkpoint=saved,
+        checkpoint=saver.newest,
         valid_loss=valid_loss,
     )
     run.callbacks.on_train_end(run, ended)

@@ -249,10 +249,9 @@ def _data(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     checkpoint = cfg.checkpoint
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield "checkpoint.save_interval is set, but checkpoint.save is not: there is no folder to save into"
-    if checkpoint.most_recent_k is not None and checkpoint.save is None:
-        yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
+    for name in ("save_interval", "async_save", "most_recent_k"):
+        if getattr(checkpoint, name) and checkpoint.save is None:
+            yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
     start: Found | None = None
