@@ -24,7 +24,7 @@ SECTIONS = ("train", "checkpoint", "optimizer", "scheduler", "logger", "dataset"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=1, help="how often each set-up of test_training_kills.py is killed")
+    parser.addoption("--kills", type=int, help="how often each set-up of test_training_kills.py is killed")
 
 
 def tiny_model(**changes: Any) -> GPTModelProvider:

@@ -12,6 +12,7 @@ import torch
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
+from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.overrides import apply_yaml
@@ -220,3 +221,35 @@ def test_without_any_whole_checkpoint_each_is_named(make_run: Callable[..., Any]
         _cut(folder)
     with pytest.raises(BridgeError, match=r"iter_0000002 is damaged.*iter_0000001 is damaged"):
         make_run(load=str(tmp_path)).validate(1)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_learning_rates_are_those_of_the_present_configuration(
+    distributed_optimizer: bool, make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.rates: dict[int, float] = {}
+
+        def on_step_end(self, run: Any, result: Any) -> None:
+            self.rates[run.progress.iteration] = result.learning_rate
+
+    def work() -> tuple[dict[int, float], dict[int, float]]:
+        settings = {"use_distributed_optimizer": distributed_optimizer}
+        pretrain(make_run(train_iters=3, save=str(tmp_path), **settings), forward_step)
+        rest, whole = Rates(), Rates()
+        pretrain(make_run(train_iters=5, load=str(tmp_path), lr=1e-3, **settings), forward_step, [rest])
+        pretrain(make_run(train_iters=5, lr=1e-3, **settings), forward_step, [whole])
+        return rest.rates, whole.rates
+
+    rest, whole = run_ranks(1, work)[0]
+    assert rest == {step: whole[step] for step in (4, 5)}
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    run_ranks(1, pretrain, make_run(train_iters=1, save=str(tmp_path)), forward_step)
+    cfg = make_run(train_iters=2, load=str(tmp_path), **DISTRIBUTED)
+    with pytest.raises(RankFailed, match=r"set ddp\.use_distributed_optimizer=False and"):
+        run_ranks(1, pretrain, cfg, forward_step)
+    cfg.checkpoint.load_optim = False
+    assert run_ranks(1, pretrain, cfg, forward_step)[0].iteration == 2

@@ -142,7 +142,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
     assert {file.suffix for file in files} >= {".distcp", ".json", ".yaml", ""}
     damaged = {}
     for file in (*files, pointer):
-        for at in (0.1, 0.5, 0.9):
+        for at in (0.1, 0.5, 0.9) if file.stat().st_size else ():
             case = tmp_path / f"case-{len(damaged)}"
             shutil.copytree(tmp_path / "run", case)
             damaged[case] = file.relative_to(tmp_path / "run")

@@ -172,7 +172,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
     fill(as_chunks(model), loaded)
     if "optimizer" in state:
-        load_optimizer_state(optimizer, loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"], common["optimizer"])
     elif optimizer is not None:
         optimizer.reload_model_params()
     if scheduler is not None and cfg.checkpoint.load_optim:
