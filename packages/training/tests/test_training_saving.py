@@ -1,9 +1,12 @@
 """Saves in the background, saves that fail, and files that are damaged afterwards."""
 
 import errno
+import os
+import resource
 import shutil
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megatron.bridge.conversion.checkpoint_layout import LATEST_POINTER, iteration_folder, saved_iterations
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.gpt_step import forward_step
@@ -165,6 +169,86 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_checkpoint_before_is_used(
             assert found.folder.name == "iter_0000002"
         else:
             assert found.folder == case / "iter_0000001", file
-            assert file.name in found.notices()[0] or "integrity.json" in found.notices()[0] or file.name == "integrity.json"
+            assert (
+                file.name in found.notices()[0]
+                or "integrity.json" in found.notices()[0]
+                or file.name == "integrity.json"
+            )
             assert "going on from" in found.notices()[0]
     assert run_ranks(2, trained)[0] == {step: losses[step] for step in (2, 3)}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB; a checkpoint of `tiny_model` with its optimizer takes 0.7 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_fitted(small_disk: Path, make_run: Callable[..., Any]) -> None:
+    place = {"save": str(small_disk), "save_interval": 1, "save_retries": 0} | DISTRIBUTED
+
+    class FillsDisk(Callback):
+        """Leaves 200 kB after step 2: too little for another checkpoint."""
+
+        def on_step_end(self, run: Any, result: Any) -> None:
+            if run.progress.iteration == 2 and torch.distributed.get_rank() == 0:
+                (small_disk / "filling").write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+
+    with pytest.raises(RankFailed, match=r"iter_0000002 needs 0\.000\d+ GB, and its file system has 0\.0002 GB free"):
+        run_ranks(2, lambda: pretrain(make_run(train_iters=3, **place), forward_step, [FillsDisk()]))
+    assert saved_iterations(small_disk) == [1]
+    (small_disk / "filling").unlink()
+
+    def work() -> tuple[dict[int, float], dict[int, float]]:
+        rest = pretrain(make_run(train_iters=3, load=str(small_disk), most_recent_k=1, **place), forward_step)
+        return rest.losses, pretrain(make_run(train_iters=3, **DISTRIBUTED), forward_step).losses
+
+    rest, alone = run_ranks(2, work)[0]
+    assert rest == {step: alone[step] for step in (2, 3)}
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
+def test_a_file_that_cannot_be_written_to_its_end_is_no_checkpoint(
+    in_background: bool, make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The operating system refuses rank 0's bytes in the middle of a file."""
+
+    def work() -> None:
+        class Limit(Callback):
+            def on_step_end(self, run: Any, result: Any) -> None:
+                if run.progress.iteration == 2 and torch.distributed.get_rank() == 0:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+        settings = {"save": str(tmp_path), "save_interval": 1, "save_retries": 0, "async_save": in_background}
+        pretrain(make_run(train_iters=3, **settings), forward_step, [Limit()])
+
+    with pytest.raises(RankFailed, match="File too large"):
+        run_ranks(2, work)
+    assert saved_iterations(tmp_path) == [1]
+    assert sorted(entry.name for entry in tmp_path.glob("*iter_*")) == ["iter_0000001"]
+    assert newest_whole(tmp_path).folder.name == "iter_0000001"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_built(
+    make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BridgeError, match="file is not a folder; save into another"):
+        make_run(save=str(tmp_path / "file" / "run")).validate(1)
+    (tmp_path / "closed").mkdir(mode=0o555)
+    tmp_path.chmod(0o755)
+
+    def work() -> str:
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # root may write anywhere
+        with pytest.raises(BridgeError) as refusal:
+            make_run(save=str(tmp_path / "closed" / "run")).validate(1)
+        return str(refusal.value)
+
+    assert "this user may not write into" in run_ranks(1, work)[0]

@@ -24,8 +24,8 @@ FORMAT_FILE = "metadata.json"
 _LISTED = 12  # names printed per problem before "and N more"
 
 
-def open_partial(target: Path, partial: Path, overwrite: bool) -> None:
-    """Make the empty folder that is to become `target`."""
+def open_partial(target: Path, partial: Path, overwrite: bool, nbytes: int) -> None:
+    """Make the empty folder that is to become `target` and to hold `nbytes` of tensors."""
     if target.exists() and not overwrite:
         raise CheckpointError(
             f"{target} exists; save into another folder, remove it, or pass overwrite=True (--overwrite)"
@@ -38,6 +38,12 @@ def open_partial(target: Path, partial: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{error.filename or partial} cannot be made ({error.strerror}); save into another folder"
         ) from error
+    free = shutil.disk_usage(partial).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{target} needs {nbytes / 1e9:.3g} GB, and its file system has {free / 1e9:.3g} GB free; make room, or "
+            "save into another folder"
+        )
 
 
 def see_folder(partial: Path) -> None:

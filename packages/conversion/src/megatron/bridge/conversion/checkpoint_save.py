@@ -38,8 +38,8 @@ type Digests = dict[str, str]
 class CheckpointSave:
     """One checkpoint being saved; made on every rank, and every method is collective.
 
-    The bytes are those of the moment it was made: with `background` the tensors that this rank writes are copied to host
-    memory then, and held until the save is over.
+    The bytes are those of the moment it was made: with `background` the tensors that this rank writes are copied to
+    host memory then, and held until the save is over.
 
     Args:
         target: the folder to appear, e.g. `ROOT/iter_0000010`.
@@ -71,11 +71,12 @@ class CheckpointSave:
         described = expanded(state)
         check_sharding(described)
         self._keys = {unique_key(shard) for shard in described}
-        self._tensors = on_every_rank(
+        self._tensors, own_bytes = on_every_rank(
             lambda: _torch_state(state, content_metadata, copied=background),
             f"cannot describe the checkpoint {target.name}",
             CheckpointError,
         )
+        self._bytes = sum(gather(own_bytes))
         self._group = _writers_group() if background else None
         self._written: Future[Digests] = Future()
 
@@ -132,7 +133,7 @@ class CheckpointSave:
         return digests_of(self._partial, files_of_rank(self._partial, dist.get_rank()))
 
     def _open(self) -> None:
-        open_partial(self._target, self._partial, self._overwrite)
+        open_partial(self._target, self._partial, self._overwrite, self._bytes)
         write_side_files(self._partial, self._side_files)
 
     def _verify(self) -> None:
@@ -162,12 +163,11 @@ class CheckpointSave:
         )
 
 
-def _torch_state(
-    state: ShardedStateDict, content_metadata: dict[str, Any] | None, *, copied: bool
-) -> dict[str, Any]:
-    """What this rank writes, as torch's checkpoint writer takes it: tensors, and pickled objects. No collective.
+def _torch_state(state: ShardedStateDict, content_metadata: dict[str, Any] | None, *, copied: bool) -> Any:
+    """What this rank writes, as torch's checkpoint writer takes it (tensors, and pickled objects), and its bytes.
 
-    Megatron-Core names, splits and completes it (with the values that are not sharded); nothing is written yet.
+    Megatron-Core names, splits and completes it (with the values that are not sharded); nothing is written yet, and
+    this is no collective.
     """
     from megatron.core import dist_checkpointing
 
@@ -181,8 +181,7 @@ def _torch_state(
             async_sharded_save=True,
             content_metadata=content_metadata,
         )
-    taken: dict[str, Any] = strategy.taken
-    return taken
+    return strategy.taken, strategy.nbytes
 
 
 @cache
@@ -197,6 +196,7 @@ def save_strategy() -> Callable[..., Any]:
             super().__init__()
             self._copied = copied
             self.taken: dict[str, Any] = {}
+            self.nbytes = 0
 
         def async_save(self, sharded_state_dict: ShardedStateDict, *_: Any, **__: Any) -> AsyncRequest:
             by_key: dict[str, list[Any]] = {}
@@ -204,6 +204,7 @@ def save_strategy() -> Callable[..., Any]:
                 if is_main_replica(shard.replica_id):
                     mine = _on_host(shard) if self._copied else shard
                     by_key.setdefault(unique_key(shard), []).append(mine)
+                    self.nbytes += getattr(shard.data, "nbytes", 0)
             self.taken = mcore_to_pyt_state_dict(by_key)
             return AsyncRequest(None, (), [])
 

@@ -1,6 +1,6 @@
 """Digests of a checkpoint's files: a wrong bit in any of them is found before anything is loaded.
 
-The manifest is Megatron-Core's own (`integrity.json`, SHA-256), so `dist_checkpointing.load(..., verify_integrity=True)`
+The manifest is Megatron-Core's own (`integrity.json`, SHA-256): `dist_checkpointing.load(..., verify_integrity=True)`
 understands it. There rank 0 hashes all files one after another; here each rank hashes what it wrote or its share.
 """
 
@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from megatron.bridge.conversion.checkpoint_layout import CheckpointError
+from megatron.bridge.conversion.checkpoint_layout import CheckpointError, resolve
 
 MANIFEST = "integrity.json"
 _ALGORITHM = "sha256"
@@ -67,6 +67,19 @@ def wrong_files(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     sizes = {name: _size(folder / name) for name in recorded}
     mine = sorted(sizes, key=lambda name: (-sizes[name], name))[part::parts]
     return [problem for name in mine if (problem := _problem(folder / name, name, recorded[name]))]
+
+
+def refuse_changed(path: Path) -> None:
+    """Refuse a checkpoint whose files are not those that were written.
+
+    Raises:
+        CheckpointError: no checkpoint, one that records no digests, or one that has changed; each file is named.
+    """
+    folder = resolve(path)
+    if not recorded_digests(folder):
+        raise CheckpointError(f"{folder} records no digests: there is no {MANIFEST} in it")
+    if wrong := wrong_files(folder):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}; take another checkpoint")
 
 
 def _problem(file: Path, name: str, recorded: str) -> str | None:

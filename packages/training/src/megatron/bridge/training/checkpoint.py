@@ -188,8 +188,8 @@ def _refuse_other_optimizer(folder: Path, common: Mapping[str, Any], cfg: "Confi
     saved = common.get("distributed_optimizer", cfg.ddp.use_distributed_optimizer)
     if saved != cfg.ddp.use_distributed_optimizer:
         raise BridgeError(
-            f"{folder} holds the state of {'the distributed' if saved else 'an optimizer that is not the distributed'} "
-            f"optimizer; set ddp.use_distributed_optimizer={saved} and optimizer.use_distributed_optimizer={saved}, or "
+            f"{folder} holds the state of {'the' if saved else 'an optimizer that is not the'} distributed optimizer; "
+            f"set ddp.use_distributed_optimizer={saved} and optimizer.use_distributed_optimizer={saved}, or "
             "checkpoint.load_optim=False to go on with fresh moments"
         )
 

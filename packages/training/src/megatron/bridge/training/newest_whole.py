@@ -85,7 +85,6 @@ def _candidates(root: Path) -> tuple[list[Path], str | None]:
 
 
 def _problem(folder: Path) -> str | None:
-
     try:
         check_files(folder, read_metadata(folder))
     except CheckpointError as error:
@@ -118,12 +117,14 @@ def set_aside(found: Found) -> None:
     """
     from megatron.bridge.conversion.rank_agreement import on_rank_zero
 
+    iteration = iteration_of(found.folder)
+    if iteration is None:
+        return
+
     def rename() -> None:
         write_latest_pointer(found.folder.parent, iteration)
         for folder in found.damaged:
             free = (folder.with_name(f"{folder.name}.damaged{number or ''}") for number in range(1000))
             folder.rename(next(name for name in free if not name.exists()))
 
-    iteration = iteration_of(found.folder)
-    if iteration is not None:
-        on_rank_zero(rename, "cannot set damaged checkpoints aside", CheckpointError)
+    on_rank_zero(rename, "cannot set damaged checkpoints aside", CheckpointError)

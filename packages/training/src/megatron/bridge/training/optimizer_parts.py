@@ -36,7 +36,7 @@ def _present(part: Any, loaded: Mapping[str, Any], before: Sequence[Mapping[str,
         return {**before[0], **loaded, "optimizer": {"param_groups": [group | step for group in live]}}
     numbers = [{"params": group["params"]} for group in _inner(loaded)["param_groups"]]
     groups = [{**group, **step, **number} for group, number in zip(live, numbers, strict=True)]
-    inner = {"param_groups": groups, "state": {**_inner(before[0])["state"], **_inner(loaded)["state"]}}
+    inner = {"param_groups": groups, "state": {**_inner(before[0]).get("state", {}), **_inner(loaded)["state"]}}
     return {**before[0], **loaded, **({"optimizer": inner} if "optimizer" in loaded else inner)}
 
 

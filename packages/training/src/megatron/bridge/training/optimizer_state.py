@@ -26,7 +26,7 @@ def prepare_optimizer_state(optimizer: Any) -> None:
 
 
 def load_optimizer_state(optimizer: Any, state: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    """`optimizer.load_state_dict(state)` at any layout and with the present settings; each parameter has a `step` of its own then.
+    """`optimizer.load_state_dict(state)` at any layout, with the present settings and a `step` for each parameter.
 
     Args:
         state: what was loaded for `optimizer.sharded_state_dict`.

@@ -42,7 +42,7 @@ class Saver:
             if error is None:
                 self.settle(last=True)
             elif isinstance(error, NotFinite):
-                # It ends every rank at the same step, so there is time to finish; after other errors a peer may be gone.
+                # It ends every rank at the same step; after other errors a peer may be gone, and is not waited for.
                 with contextlib.suppress(CheckpointError):  # told, and less than the error that is on its way
                     self.settle(last=True)
         finally:

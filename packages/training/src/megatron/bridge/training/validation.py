@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,7 +267,11 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
             except BridgeError as error:
                 yield f"checkpoint.{name}: {error}"
     if checkpoint.save is not None:
-        yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
+        refused = _refused_folder(Path(checkpoint.save))
+        if refused:
+            yield f"checkpoint.save={checkpoint.save!r}: {refused}; save into another folder"
+        else:
+            yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
 
 
 def _logger(cfg: "ConfigContainer") -> Iterator[str]:
@@ -288,6 +293,16 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
             yield f"logger.loggers names {name!r}, which needs logger.{logger.setting}; set it, or leave {name!r} out"
     for name in cfg.logger.options.keys() - {name for name, _ in wanted}:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
+
+
+def _refused_folder(folder: Path) -> str | None:
+    """Why nothing can be written into a folder that may not exist yet."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        return f"this user may not write into {place}"
+    return None
 
 
 def _save_folder(save: Path, resumed: "Found | None") -> Iterator[str]:
