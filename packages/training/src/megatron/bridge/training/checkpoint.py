@@ -16,7 +16,8 @@ from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.training.newest_whole import Found, newest_whole, set_aside
+from megatron.bridge.training.hf_side import is_hf_folder
+from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.random_state import random_state, restore_random_state
@@ -139,9 +140,10 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
     Raises:
         BridgeError: no checkpoint, a damaged one, or one of another model; the message names the key or the file.
     """
-    if cfg.checkpoint.load is None:
+    path = resumed_path(cfg.checkpoint)
+    if path is None:
         raise BridgeError("checkpoint.load is not set: there is nothing to load from")
-    found = newest_whole(cfg.checkpoint.load, every_bit=True)
+    found = newest_whole(path, every_bit=True)
     return _progress(_load(found.folder, model, optimizer, scheduler, cfg))
 
 
@@ -203,16 +205,17 @@ def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
 
 
 def starting_point(cfg: "ConfigContainer") -> Found | None:
-    """What the run starts from, looked through to the last bit; None for random weights. Collective.
+    """The checkpoint that the run starts from, looked through to the last bit; None where there is none. Collective.
 
     Raises:
         BridgeError: `checkpoint.load` or `checkpoint.pretrained_checkpoint` names nothing that is whole.
     """
-    if cfg.checkpoint.load is not None:
-        return newest_whole(cfg.checkpoint.load, every_bit=True)
-    if cfg.checkpoint.pretrained_checkpoint is not None:
-        return newest_whole(resolve(cfg.checkpoint.pretrained_checkpoint), every_bit=True)
-    return None
+    resumed, pretrained = resumed_path(cfg.checkpoint), cfg.checkpoint.pretrained_checkpoint
+    if resumed is not None:
+        return newest_whole(resumed, every_bit=True)
+    if pretrained is None or is_hf_folder(pretrained):
+        return None
+    return newest_whole(resolve(pretrained), every_bit=True)
 
 
 def restore(run: "RunState", found: Found) -> None:

@@ -118,9 +118,12 @@ class CheckpointConfig:
         go_on_without: whether training goes on after a save that failed for good; the last one of a run must not fail.
         load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position. Under a
             root the newest that is whole is taken, and what is wrong with newer ones is told.
+        ckpt_step: iteration under the root `load` to resume from, instead of the newest.
         load_optim: restore optimizer and schedule too.
         load_rng: restore the random state too (where the parallel layout is the same).
-        pretrained_checkpoint: checkpoint whose weights a fresh run starts from, e.g. made by `AutoBridge.import_ckpt`.
+        pretrained_checkpoint: what a fresh run takes its weights from: a Megatron checkpoint (made by
+            `AutoBridge.import_ckpt`, by a run, or by Megatron-LM's torch_dist format), or a Hugging Face folder.
+        hf_save_path: Hugging Face folder to write when the run has done all its steps.
     """
 
     save: str | None = None
@@ -130,9 +133,11 @@ class CheckpointConfig:
     save_retries: int = 2
     go_on_without: bool = False
     load: str | None = None
+    ckpt_step: int | None = None
     load_optim: bool = True
     load_rng: bool = True
     pretrained_checkpoint: str | None = None
+    hf_save_path: str | None = None
 
 
 @dataclass(kw_only=True)

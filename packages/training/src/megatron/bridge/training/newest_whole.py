@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.bridge.conversion.checkpoint_files import check_files, listed, read_metadata
 from megatron.bridge.conversion.checkpoint_layout import (
@@ -15,6 +16,9 @@ from megatron.bridge.conversion.checkpoint_layout import (
     saved_iterations,
     write_latest_pointer,
 )
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import CheckpointConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,13 @@ class Found:
         """What a user should know of it."""
         problems = [self.pointer] if self.pointer else []
         return [f"{problem}; going on from {self.folder}" for problem in (*problems, *self.damaged.values())]
+
+
+def resumed_path(checkpoint: "CheckpointConfig") -> Path | None:
+    """What `checkpoint.load` and `checkpoint.ckpt_step` name; None for a run that resumes from nothing."""
+    if checkpoint.load is None or checkpoint.ckpt_step is None:
+        return None if checkpoint.load is None else Path(checkpoint.load)
+    return iteration_folder(checkpoint.load, checkpoint.ckpt_step)
 
 
 def newest_whole(path: str | Path, *, every_bit: bool = False) -> Found:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.conversion.checkpoint_layout import CheckpointError, iteration_folder, resolve, saved_iterations
 from megatron.bridge.conversion.rank_agreement import on_rank_zero
+from megatron.bridge.training.hf_side import is_hf_folder
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import CheckpointConfig
@@ -19,7 +20,7 @@ def forget_older(checkpoint: "CheckpointConfig") -> None:
     if checkpoint.save is None or checkpoint.most_recent_k is None:
         return
     root, start, newest = Path(checkpoint.save), checkpoint.pretrained_checkpoint, checkpoint.most_recent_k
-    kept = None if start is None else resolve(start).resolve()
+    kept = None if start is None or is_hf_folder(start) else resolve(start).resolve()
 
     def remove_older() -> None:
         for iteration in saved_iterations(root)[:-newest]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import load_weights, restore, starting_point
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.hf_side import load_hf
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 
@@ -58,6 +59,8 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
         restore(run, start)
     elif start is not None:
         load_weights(model, optimizer, start.folder)
+    elif cfg.checkpoint.pretrained_checkpoint is not None:
+        load_hf(cfg, model, optimizer)
     run.train_data = batches_per_chunk(cfg, train_set, len(model), run.progress.consumed_samples)
     return run
 

@@ -6,7 +6,7 @@ With the latter a checkpoint can be exported by itself: `AutoBridge.from_megatro
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.conversion.checkpoint_layout import CheckpointError, resolve
+from megatron.bridge.training.hf_side import bridge_of, hf_start, kept_hf_files
 from megatron.bridge.training.run_config import to_yaml
 
 if TYPE_CHECKING:
@@ -24,18 +24,8 @@ def side_files(cfg: "ConfigContainer", scratch: Path) -> dict[str, Any]:
     from megatron.bridge.conversion.megatron_checkpoint import HF_FILES, describing_files
 
     files: dict[str, Any] = {RUN_CONFIG: to_yaml(cfg)}
-    bridge = getattr(cfg.model, "bridge", None)
-    if bridge is not None:
+    bridge = getattr(cfg.model, "bridge", None) or (hf_start(cfg) and bridge_of(cfg))
+    if bridge:
         return files | {HF_FILES: describing_files(bridge, scratch)}
-    for origin in (cfg.checkpoint.save, cfg.checkpoint.load, cfg.checkpoint.pretrained_checkpoint):
-        if origin is not None and (folder := _newest(origin) / HF_FILES).is_dir():
-            return files | {HF_FILES: folder}
-    return files
-
-
-def _newest(origin: str) -> Path:
-    """The checkpoint in a folder; the folder itself where it holds none yet, or none any more."""
-    try:
-        return resolve(origin)
-    except CheckpointError:
-        return Path(origin)
+    kept = kept_hf_files(cfg)
+    return files if kept is None else files | {HF_FILES: kept}

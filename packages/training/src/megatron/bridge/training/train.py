@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
 from megatron.bridge.training.evaluate import evaluate_and_print_results
+from megatron.bridge.training.hf_side import save_hf
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.reporter import Reporter
 from megatron.bridge.training.saving import Saver
@@ -57,6 +58,8 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
                 saver.save(last=done)
         with whole_parameters(run.model):
             pass  # the caller may go on to use the model
+        if stopped_by is None and run.cfg.checkpoint.hf_save_path is not None:
+            reporter.message(f"Hugging Face model {save_hf(run)}")
         if stopped_by is not None:
             reporter.message(
                 _how_to_resume(run.stop_requested or stopped_by, progress.iteration, settings.train_iters, saver.newest)
