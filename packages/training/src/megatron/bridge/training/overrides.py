@@ -12,6 +12,7 @@ import yaml
 
 from megatron.bridge.errors import did_you_mean
 from megatron.bridge.training.field_types import annotations_of, checked, checked_text, parse_yaml
+from megatron.bridge.training.section_choice import CHOICES, choose, restored_on_error
 from megatron.bridge.training.validation import ConfigError, report
 
 # A key of run_config.yaml that says which class a section has.
@@ -23,18 +24,24 @@ type _Change = tuple[Any, str, Any]
 def apply_overrides(cfg: Any, overrides: Iterable[str]) -> None:
     """Set fields of `cfg` from `section.field=value` texts; nothing is set unless all of them are right.
 
+    A section that is offered by name is chosen by it, with what was set of the fields that both classes have:
+    `dataset=text`.
+
     Raises:
         ConfigError: every unknown key (with the nearest known one), wrong type and malformed override.
     """
     problems: list[str] = []
     changes: list[_Change] = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            problems.append(f"{override!r} is no override; write key=value, e.g. train.train_iters=10")
-            continue
-        _collect(cfg, key.strip(), checked_text, text, changes, problems)
-    _apply(changes, problems, "the overrides cannot be applied")
+    with restored_on_error(cfg):
+        for override in overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                problems.append(f"{override!r} is no override; write key=value, e.g. train.train_iters=10")
+            elif key.strip() in CHOICES:
+                _choose(cfg, key.strip(), text.strip(), problems)
+            else:
+                _collect(cfg, key.strip(), checked_text, text, changes, problems)
+        _apply(changes, problems, "the overrides cannot be applied")
 
 
 def apply_yaml(cfg: Any, path: str | Path) -> None:
@@ -46,12 +53,15 @@ def apply_yaml(cfg: Any, path: str | Path) -> None:
     content = read_sections(path)
     problems: list[str] = []
     changes: list[_Change] = []
-    for key, value in _leaves(cfg, content):
-        if key.endswith(CLASS_KEY):
-            problems += _class_problem(cfg, key.removesuffix(CLASS_KEY).rstrip("."), value)
-        else:
-            _collect(cfg, key, checked, value, changes, problems)
-    _apply(changes, problems, f"the configuration file {str(path)!r} cannot be applied")
+    with restored_on_error(cfg):
+        for key, value in _leaves(cfg, content):
+            if key.endswith(CLASS_KEY):
+                problems += _class_problem(cfg, key.removesuffix(CLASS_KEY).rstrip("."), value)
+            elif key in CHOICES:
+                _choose(cfg, key, str(value), problems)
+            else:
+                _collect(cfg, key, checked, value, changes, problems)
+        _apply(changes, problems, f"the configuration file {str(path)!r} cannot be applied")
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:
@@ -128,6 +138,13 @@ def _unknown(cfg: Any, key: str, owner: Any, name: str, path: str) -> str:
     return f"unknown key {key!r}: {where} has no field {name!r}{near}"
 
 
+def _choose(cfg: Any, section: str, name: str, problems: list[str], *, keep: bool = True) -> None:
+    try:
+        choose(cfg, section, name, keep=keep)
+    except ValueError as error:
+        problems.append(f"{section}: {error}")
+
+
 def _class_problem(cfg: Any, path: str, expected: Any) -> list[str]:
     section = cfg
     for name in filter(None, path.split(".")):
@@ -135,6 +152,11 @@ def _class_problem(cfg: Any, path: str, expected: Any) -> list[str]:
     found = class_name(section)
     if found == expected:
         return []
+    offered = {offer.target: offer.name for offer in CHOICES[path].offers()} if path in CHOICES else {}
+    if expected in offered:
+        problems: list[str] = []
+        _choose(cfg, path, offered[expected], problems, keep=False)
+        return problems
     return [f"{path or 'the configuration'} is a {found} here, the file was written for a {expected}"]
 
 
