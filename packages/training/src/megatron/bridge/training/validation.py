@@ -330,8 +330,8 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
 def _hf_folder(cfg: "ConfigContainer", folder: Path) -> Iterator[str]:
     if not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
         yield (
-            "checkpoint.hf_save_path is set, and nothing tells which Hugging Face model this is; make the provider with "
-            "AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
+            "checkpoint.hf_save_path is set, and nothing tells which Hugging Face model this is; make the provider "
+            "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
         )
     refused = "it is there already" if os.path.lexists(folder) else _refused_folder(folder)
     if refused:
