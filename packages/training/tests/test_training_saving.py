@@ -200,7 +200,9 @@ def test_a_full_disk_leaves_the_checkpoints_that_fitted(small_disk: Path, make_r
             if run.progress.iteration == 2 and torch.distributed.get_rank() == 0:
                 (small_disk / "filling").write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
 
-    with pytest.raises(RankFailed, match=r"iter_0000002 needs 0\.0007\d+ GB, and its file system has 0\.000\d+ GB free"):
+    with pytest.raises(
+        RankFailed, match=r"iter_0000002 needs 0\.0007\d+ GB, and its file system has 0\.000\d+ GB free"
+    ):
         run_ranks(2, lambda: pretrain(make_run(train_iters=3, **place), forward_step, [FillsDisk()]))
     assert saved_iterations(small_disk) == [1]
     (small_disk / "filling").unlink()

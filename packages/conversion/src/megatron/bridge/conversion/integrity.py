@@ -69,17 +69,19 @@ def wrong_files(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     return [problem for name in mine if (problem := _problem(folder / name, name, recorded[name]))]
 
 
-def refuse_changed(path: Path) -> None:
-    """Refuse a checkpoint whose files are not those that were written.
+def refuse_changed(path: Path) -> int:
+    """Refuse a checkpoint whose files are not those that were written; returns how many were compared.
 
     Raises:
         CheckpointError: no checkpoint, one that records no digests, or one that has changed; each file is named.
     """
     folder = resolve(path)
-    if not recorded_digests(folder):
+    recorded = recorded_digests(folder)
+    if not recorded:
         raise CheckpointError(f"{folder} records no digests: there is no {MANIFEST} in it")
     if wrong := wrong_files(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {'; '.join(wrong)}; take another checkpoint")
+    return len(recorded)
 
 
 def _problem(file: Path, name: str, recorded: str) -> str | None:
