@@ -20,7 +20,7 @@ from megatron.bridge.training.hf_side import is_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
-from megatron.bridge.training.random_state import random_state, restore_random_state
+from megatron.bridge.training.random_state import put_back, random_state
 from megatron.bridge.training.side_files import side_files
 from megatron.bridge.training.state import TrainProgress
 
@@ -45,6 +45,7 @@ def save_checkpoint(
     cfg: "ConfigContainer",
     consumed_samples: int | None = None,
     logger_states: Mapping[str, Any] | None = None,
+    guard_state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
@@ -52,8 +53,9 @@ def save_checkpoint(
         iteration: optimizer steps done.
         model: chunks of this rank, wrapped or not.
         optimizer, scheduler: None leaves them out.
-        consumed_samples: training sequences drawn; None for `iteration * cfg.train.global_batch_size`.
+        consumed_samples: training sequences drawn; None for those of `iteration` steps from the beginning.
         logger_states: by logger, what it needs to go on after a resume; rank 0's counts.
+        guard_state: what the watch over faulty steps needs (`Guard.state_dict`).
 
     Returns:
         The finished folder.
@@ -61,11 +63,11 @@ def save_checkpoint(
     Raises:
         BridgeError: no folder is configured, or it cannot be written.
     """
-    run = TrainProgress(iteration, iteration * cfg.train.global_batch_size)
-    if consumed_samples is not None:
-        run.consumed_samples = consumed_samples
+    drawn = cfg.train.batch_sizes.samples_after(iteration) if consumed_samples is None else consumed_samples
+    held = {"logger_states": dict(logger_states or {}), "guard_state": dict(guard_state or {})}
+    parts = model, optimizer, scheduler
     with tempfile.TemporaryDirectory() as scratch:
-        saving = _start_save(run, model, optimizer, scheduler, cfg, logger_states or {}, Path(scratch), False)
+        saving = _start_save(TrainProgress(iteration, drawn), *parts, cfg, held, Path(scratch), False)
         saving.write()
         return saving.finish()
 
@@ -83,7 +85,8 @@ def start_save(run: "RunState", scratch: Path) -> dist_checkpoint.CheckpointSave
     """
     in_background = run.cfg.checkpoint.async_save
     parts = run.model, run.optimizer, run.scheduler
-    return _start_save(run.progress, *parts, run.cfg, run.logger_states, scratch, in_background)
+    held = {"logger_states": dict(run.logger_states), "guard_state": dict(run.guard.state_dict())}
+    return _start_save(run.progress, *parts, run.cfg, held, scratch, in_background)
 
 
 def _start_save(
@@ -92,7 +95,7 @@ def _start_save(
     optimizer: Any,
     scheduler: Any,
     cfg: "ConfigContainer",
-    logger_states: Mapping[str, Any],
+    held: Mapping[str, Any],
     scratch: Path,
     background: bool,
 ) -> dist_checkpoint.CheckpointSave:
@@ -106,7 +109,7 @@ def _start_save(
             "parallel_layout": _layout(),
             "distributed_optimizer": cfg.ddp.use_distributed_optimizer,
             "rng_state": random_state(),
-            "logger_states": dict(logger_states),
+            **held,
         }
         if optimizer is not None:
             prepare_optimizer_state(optimizer)
@@ -182,7 +185,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         scheduler.num_steps = 0
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if "rng_state" in state:
-        restore_random_state(loaded["rng_state"])
+        put_back(loaded["rng_state"])
     return common | {key: loaded[key] for key in ("iteration", "consumed_samples")}
 
 
@@ -229,6 +232,8 @@ def restore(run: "RunState", found: Found) -> None:
     loaded = _load(found.folder, run.model, run.optimizer, run.scheduler, run.cfg)
     run.progress = _progress(loaded)
     run.logger_states = dict(loaded.get("logger_states", {}))
+    if loaded.get("guard_state"):
+        run.guard.load_state_dict(loaded["guard_state"])
     run.notices += found.notices()
     if checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve():
         set_aside(found)

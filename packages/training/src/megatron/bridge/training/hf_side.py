@@ -1,4 +1,4 @@
-"""The Hugging Face side of a run: a model to start from, and the folder that the trained one is written to."""
+"""The Hugging Face side of a run: a folder to start from, and the files that describe its model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,6 @@ from megatron.bridge.conversion.hf.names import CONFIG
 if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.training.config import ConfigContainer
-    from megatron.bridge.training.state import RunState
 
 
 def is_hf_folder(path: str | Path) -> bool:
@@ -63,15 +62,3 @@ def load_hf(cfg: "ConfigContainer", model: list[Any], optimizer: Any) -> None:
     assert bridge is not None
     bridge.load_hf_weights(model, path)
     optimizer.reload_model_params()
-
-
-def save_hf(run: "RunState") -> Path:
-    """Write the run's weights to `checkpoint.hf_save_path`, a complete Hugging Face folder. Collective.
-
-    Raises:
-        BridgeError: the folder cannot be written; nothing is left of it.
-    """
-    path, bridge = run.cfg.checkpoint.hf_save_path, bridge_of(run.cfg)
-    assert path is not None
-    assert bridge is not None  # validated before the first step
-    return bridge.save_hf_pretrained(run.model, path)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 from megatron.bridge.conversion.checkpoint_layout import CheckpointError
 from megatron.bridge.training.checkpoint import start_save
+from megatron.bridge.training.fault_tolerance import StepFault
 from megatron.bridge.training.retention import forget_leftovers, forget_older
-from megatron.bridge.training.step import NotFinite
 
 if TYPE_CHECKING:
     from megatron.bridge.conversion.dist_checkpoint import CheckpointSave
@@ -41,7 +41,7 @@ class Saver:
         try:
             if error is None:
                 self.settle(last=True)
-            elif isinstance(error, NotFinite):
+            elif isinstance(error, StepFault):
                 # It ends every rank at the same step; after other errors a peer may be gone, and is not waited for.
                 with contextlib.suppress(CheckpointError):  # told, and less than the error that is on its way
                     self.settle(last=True)
