@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.best import best_folder
 from megatron.bridge.training.callbacks import Callback
+from megatron.bridge.training.hf_side import bridge_of
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -49,7 +50,7 @@ def _bridge(cfg: "ConfigContainer") -> Any:
     """
     from megatron.bridge import AutoBridge
 
-    bridge = getattr(cfg.model, "bridge", None)
+    bridge = bridge_of(cfg)
     start = cfg.checkpoint.load or cfg.checkpoint.pretrained_checkpoint
     if bridge is None and start is None:
         raise BridgeError(
