@@ -5,7 +5,7 @@ on a `RunState`. How the files are written is `megatron.bridge.conversion.dist_c
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.data import stream_states
 from megatron.bridge.training.newest_whole import newest_whole, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
@@ -43,6 +44,7 @@ def save_checkpoint(
     cfg: "ConfigContainer",
     consumed_samples: int | None = None,
     logger_states: Mapping[str, Any] | None = None,
+    stream_states: Sequence[bytes] = (),
 ) -> Path:
     """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
@@ -52,6 +54,7 @@ def save_checkpoint(
         optimizer, scheduler: None leaves them out.
         consumed_samples: training sequences drawn; None for `iteration * cfg.train.global_batch_size`.
         logger_states: by logger, what it needs to go on after a resume; rank 0's counts.
+        stream_states: see `TrainProgress`; rank 0's count.
 
     Returns:
         The finished folder.
@@ -69,6 +72,7 @@ def save_checkpoint(
         "parallel_layout": _layout(),
         "rng_state": random_state(),
         "logger_states": dict(logger_states or {}),
+        "stream_states": list(stream_states),
     }
     if optimizer is not None:
         prepare_optimizer_state(optimizer)
@@ -104,7 +108,11 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
 
 
 def _progress(loaded: Mapping[str, Any]) -> TrainProgress:
-    return TrainProgress(iteration=loaded["iteration"], consumed_samples=loaded["consumed_samples"])
+    return TrainProgress(
+        iteration=loaded["iteration"],
+        consumed_samples=loaded["consumed_samples"],
+        stream_states=loaded.get("stream_states", ()),
+    )
 
 
 def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "ConfigContainer") -> Mapping[str, Any]:
@@ -152,6 +160,7 @@ def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
 def save(run: "RunState") -> Path:
     """Save `run` as it is now."""
     progress = run.progress
+    progress.stream_states = stream_states(run.streams)
     return save_checkpoint(
         progress.iteration,
         run.model,
@@ -160,6 +169,7 @@ def save(run: "RunState") -> Path:
         run.cfg,
         progress.consumed_samples,
         run.logger_states,
+        progress.stream_states,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import restore, start_from
-from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.data import build_datasets, training_batches
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 
@@ -57,7 +57,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
         restore(run)
     elif cfg.checkpoint.pretrained_checkpoint is not None:
         start_from(run)
-    run.train_data = batches_per_chunk(cfg, train_set, len(model), run.progress.consumed_samples)
+    run.train_data = training_batches(run, train_set)
     return run
 
 

@@ -1,7 +1,7 @@
 """What a run holds while it trains, and what it returns."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ class TrainProgress:
     Attributes:
         iteration: optimizer steps done.
         consumed_samples: training sequences drawn, over all ranks.
+        stream_states: by data-parallel rank, where data stand that load themselves.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
+    stream_states: Sequence[bytes] = ()
 
 
 @dataclass
@@ -37,6 +39,7 @@ class RunState:
         model: model chunks of this rank (one per virtual pipeline stage), wrapped in Megatron-Core's DDP.
         num_microbatches: forward passes per optimizer step on this rank.
         train_data: one iterator per model chunk.
+        streams: the same without what callbacks put around them.
         valid_dataset: the validation split, None when the run evaluates nothing.
         logger_states: what the loggers said of themselves in the last checkpoint.
         stop_requested: why a callback wants the run to end.
@@ -50,6 +53,7 @@ class RunState:
     num_microbatches: int
     train_data: list[Batches]
     valid_dataset: Any = None
+    streams: list[Batches] = field(default_factory=list)
     progress: TrainProgress = field(default_factory=TrainProgress)
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
     logger_states: dict[str, dict[str, Any]] = field(default_factory=dict)
