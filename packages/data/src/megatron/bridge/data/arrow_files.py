@@ -44,32 +44,48 @@ def column(file: Path, name: str) -> Iterator[tuple[Any, float]]:
     Raises:
         BridgeError: pyarrow is absent, the file cannot be read, or has no such column.
     """
+    done = 0
+    for batch, total in _batches(file, name):
+        done += batch.num_rows
+        for value in batch.column(name).to_pylist():
+            yield value, done / total
+
+
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Every row, column -> value.
+
+    Raises:
+        BridgeError: pyarrow is absent, or the file cannot be read.
+    """
+    for batch, _ in _batches(file, None):
+        yield from batch.to_pylist()
+
+
+def _batches(file: Path, name: str | None) -> Iterator[tuple[Any, int]]:
+    """Rows of one column, or of all, a few at a time; each time with how many the file has in all."""
     if importlib.util.find_spec("pyarrow") is None:
         raise BridgeError(f"{file} needs the package pyarrow: uv pip install 'megatron-bridge-data[arrow]'")
     import pyarrow
 
     try:
-        with _OPENERS[file.suffix.lower()](file, name) as (rows, batches):
-            done = 0
+        with _OPENERS[file.suffix.lower()](file, name) as (total, batches):
             for batch in batches:
-                done += batch.num_rows
-                for value in batch.column(name).to_pylist():
-                    yield value, done / rows
+                yield batch, total
     except (pyarrow.ArrowException, OSError) as error:
         raise BridgeError(f"{file} cannot be read as {file.suffix[1:].title()}: {error}") from error
 
 
 @contextmanager
-def _parquet(file: Path, name: str) -> Iterator[tuple[int, Iterator[Any]]]:
+def _parquet(file: Path, name: str | None) -> Iterator[tuple[int, Iterator[Any]]]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as table:
         _check(file, name, table.schema_arrow.names)
-        yield table.metadata.num_rows, table.iter_batches(_ROWS, columns=[name])
+        yield table.metadata.num_rows, table.iter_batches(_ROWS, columns=None if name is None else [name])
 
 
 @contextmanager
-def _arrow(file: Path, name: str) -> Iterator[tuple[int, Iterator[Any]]]:
+def _arrow(file: Path, name: str | None) -> Iterator[tuple[int, Iterator[Any]]]:
     import pyarrow
 
     # Mapped, not read: what other columns hold is never touched.
@@ -84,13 +100,13 @@ def _slices(batches: list[Any]) -> Iterator[Any]:
         yield from (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
 
 
-def _check(file: Path, name: str, names: list[str]) -> None:
-    if name not in names:
+def _check(file: Path, name: str | None, names: list[str]) -> None:
+    if name is not None and name not in names:
         near = did_you_mean(name, names)
         raise BridgeError(
             f"{file} has no column {name!r}{near} (it has: {', '.join(map(repr, names))}); choose with --json-key"
         )
 
 
-_OPENERS: Mapping[str, Callable[[Path, str], Any]] = {".parquet": _parquet, ".arrow": _arrow}
+_OPENERS: Mapping[str, Callable[[Path, str | None], Any]] = {".parquet": _parquet, ".arrow": _arrow}
 ARROW_SUFFIXES = frozenset(_OPENERS)

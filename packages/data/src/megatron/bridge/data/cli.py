@@ -5,12 +5,17 @@ from pathlib import Path
 
 import click
 
+from megatron.bridge.data.instruction.commands import inspect, prepare
 from megatron.bridge.data.preprocess.sources import DOCUMENT_KINDS
 
 
 @click.group()
 def data() -> None:
-    """Prepare training data."""
+    """Prepare training data, and look at them."""
+
+
+data.add_command(inspect)
+data.add_command(prepare)
 
 
 @data.command()

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import numpy as np
+    from numpy.typing import NDArray
 
 _ENDLESS = 1 << 62  # more samples than any run draws
 
@@ -28,7 +29,9 @@ class Reshuffled(Dataset[Any]):
         if len(dataset) == 0:
             raise BridgeError("the dataset is empty: there is nothing to draw from, in any order")
         self.dataset, self.seed = dataset, seed
-        self._epoch, self._order = -1, [0]
+        self.packed = getattr(dataset, "packed", False)
+        self._epoch = -1
+        self._order: NDArray[np.int64]
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -39,8 +42,10 @@ class Reshuffled(Dataset[Any]):
             self._epoch, self._order = epoch, self._order_of(epoch)
         return self.dataset[int(self._order[place])]
 
-    def _order_of(self, epoch: int) -> Sequence[int]:
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
         import numpy as np
 
-        order: Sequence[int] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.dataset))
+        order: NDArray[np.int64] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(
+            len(self.dataset)
+        )
         return order

@@ -29,12 +29,15 @@ class DatasetBuildContext:
         train_samples, valid_samples, test_samples: how many samples the run will draw from each split; 0 means that
             the split is not wanted, None means one whole pass over it.
         tokenizer: the run's tokenizer, or None when the data are not text.
+        document_multiple: what the length of a document in a packed sample must be a multiple of: twice the number of
+            ranks that share a sequence, 1 where none do.
     """
 
     train_samples: int | None = None
     valid_samples: int | None = 0
     test_samples: int | None = 0
     tokenizer: Tokenizer | None = None
+    document_multiple: int = 1
 
     @property
     def samples(self) -> tuple[int | None, int | None, int | None]:

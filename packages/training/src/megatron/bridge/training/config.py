@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
 
     from megatron.bridge.data.datasets.gpt import GPTDatasetConfig
+    from megatron.bridge.data.datasets.sft import SFTDatasetConfig
 
 _LAZY = {
     "DistributedDataParallelConfig": "megatron.core.distributed",
     "OptimizerConfig": "megatron.core.optimizer",
     "GPTDatasetConfig": "megatron.bridge.data.datasets.gpt",
+    "SFTDatasetConfig": "megatron.bridge.data.datasets.sft",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "MixedPrecisionConfig",
     "OptimizerConfig",
     "RNGConfig",
+    "SFTDatasetConfig",
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainingConfig",

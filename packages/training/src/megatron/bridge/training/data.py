@@ -35,6 +35,8 @@ def batches_per_chunk(cfg: "ConfigContainer", dataset: Any, num_chunks: int, con
     from megatron.core import parallel_state
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    # Attention on every stage asks where the documents of a packed sample begin.
+    ends = ends or getattr(dataset, "packed", False)
     if isinstance(dataset, StreamedDataset):
         place = LoaderPlace(
             micro_batch_size=cfg.train.micro_batch_size,
