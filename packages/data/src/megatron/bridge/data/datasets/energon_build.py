@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def build_splits(config: EnergonDatasetConfig, context: DatasetBuildContext) -> 
 
 
 def _encoder(config: EnergonDatasetConfig, context: DatasetBuildContext) -> Any:
+    assert config.sequence_length is not None
     if config.task_encoder is None:
         return TextEncoder(sequence_length=config.sequence_length, tokenizer=context.tokenizer)
     module, _, name = config.task_encoder.partition(":")
@@ -98,7 +100,8 @@ class EnergonBatches(StreamedBatches):
     """What energon's savable loader yields, as a forward step reads it."""
 
     def __init__(self, loader: Any, split: EnergonSplit) -> None:
-        self._loader, self._split, self._batches = loader, split, None
+        self._loader, self._split = loader, split
+        self._batches: Iterator[Any] | None = None
 
     def __next__(self) -> dict[str, Tensor]:
         if self._batches is None:

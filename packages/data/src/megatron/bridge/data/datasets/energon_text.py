@@ -23,7 +23,7 @@ class TextEncoder(DefaultTaskEncoder[Any, Any, Any, Any]):
         super().__init__()
         self._length, self._tokenizer = sequence_length, tokenizer
 
-    @stateless
+    @stateless  # type: ignore[untyped-decorator]
     def encode_sample(self, sample: TextSample) -> Iterator[dict[str, torch.Tensor]]:
         """The samples of one document."""
         ids = torch.tensor([*self._tokenizer.tokenize(sample.text), self._tokenizer.eod])
