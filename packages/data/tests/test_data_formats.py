@@ -287,7 +287,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         ("b.json", '[{"a": 1}, {"a": ', "row 2 is not JSON"),
         ("c.json", '[{"a": 1} {"a": 1}]', "row 1 is not JSON"),
         ("d.parquet", "text", "cannot be read as Parquet"),
-        ("e.arrow", "text", "cannot be read as an Arrow stream"),
+        ("e.arrow", "text", "cannot be read as Arrow"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(BridgeError, match=why):
