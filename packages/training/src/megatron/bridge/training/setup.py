@@ -30,7 +30,7 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
     from megatron.bridge import platform
 
     had_world, had_groups = dist.is_initialized(), parallel_state.is_initialized()
-    platform.initialize_distributed(cfg.dist.timeout_seconds)
+    platform.initialize_distributed(cfg.dist.timeout_seconds, cfg.dist.distributed_backend)
     yield
     if not had_groups and parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -48,6 +48,8 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
 
     cfg.validate(platform.world_size())
     seed_everything(cfg.rng.seed)
+    if cfg.rng.te_rng_tracker:
+        cfg.model.use_te_rng_tracker = True
     cfg.model.initialize_model_parallel(cfg.rng.seed)
     start_recording()
     train_set, valid_set = build_datasets(cfg)
