@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.data import batches_per_chunk
+from megatron.bridge.training.fault_tolerance import NotFinite
 from megatron.bridge.training.step import forward_backward, global_loss
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ def evaluate(run: "RunState", forward_step: Any) -> float:
         with torch.no_grad():
             for _ in range(run.cfg.train.eval_iters):
                 reports = forward_backward(run, forward_step, data, num_microbatches, training=False)
-                loss, tokens = global_loss(reports, run.progress.iteration)
+                # What fills up the last batch of a small split counts nothing.
+                loss, tokens = global_loss(reports, run.progress.iteration, may_be_empty=True)
                 total, counted = total + loss * tokens, counted + tokens
     finally:
         for chunk in run.model:
             chunk.train()
+    if counted == 0:
+        raise NotFinite("no token of the validation split counts for the loss: its loss mask is all zeros")
     return total / counted
 
 

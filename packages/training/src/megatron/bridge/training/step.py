@@ -126,18 +126,22 @@ def forward_backward(
     return reports
 
 
-def global_loss(reports: list[dict[str, "Tensor"]], iteration: int) -> tuple[float, int]:
+def global_loss(reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False) -> tuple[float, int]:
     """Mean loss per token over all micro-batches and data-parallel ranks, and the number of tokens; on every rank.
+
+    `may_be_empty`: no token at all is a loss of 0, not an error.
 
     Raises:
         NotFinite: (on every rank) the loss is NaN or infinite; names the ranks where it is.
     """
-    loss, tokens, own = reduced_loss(reports, iteration)
+    loss, tokens, own = reduced_loss(reports, iteration, may_be_empty=may_be_empty)
     check_finite(loss, own, iteration)
     return loss, tokens
 
 
-def reduced_loss(reports: list[dict[str, "Tensor"]], iteration: int) -> tuple[float, int, float]:
+def reduced_loss(
+    reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False
+) -> tuple[float, int, float]:
     """As `global_loss`, whatever the loss is; and the sum of losses that this rank adds to it.
 
     Raises:
@@ -157,9 +161,9 @@ def reduced_loss(reports: list[dict[str, "Tensor"]], iteration: int) -> tuple[fl
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(totals, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
     total, tokens = totals.tolist()
-    if tokens == 0:
+    if tokens == 0 and not may_be_empty:
         raise NotFinite(f"no token of iteration {iteration} counts for the loss: its loss mask is all zeros")
-    return total / tokens, int(tokens), own
+    return total / max(tokens, 1), int(tokens), own
 
 
 def check_finite(loss: float, own: float, iteration: int) -> None:
