@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron.bridge.data.datasets.energon import EnergonDatasetConfig as EnergonDatasetConfig
     from megatron.bridge.data.datasets.gpt import GPTDatasetConfig as GPTDatasetConfig
     from megatron.bridge.data.datasets.mock import MockGPTDatasetConfig as MockGPTDatasetConfig
     from megatron.bridge.data.datasets.sft import SFTDatasetConfig as SFTDatasetConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from megatron.bridge.data.tokenizers import build_tokenizer as build_tokenizer
 
 _MODULES = {
+    "EnergonDatasetConfig": "datasets.energon",
     "GPTDatasetConfig": "datasets.gpt",
     "MockGPTDatasetConfig": "datasets.mock",
     "SFTDatasetConfig": "datasets.sft",
