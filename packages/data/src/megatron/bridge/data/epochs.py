@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from megatron.bridge.errors import BridgeError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _ENDLESS = 1 << 62  # more samples than any run draws
 
@@ -28,7 +25,9 @@ class Reshuffled(Dataset[Any]):
         if len(dataset) == 0:
             raise BridgeError("the dataset is empty: there is nothing to draw from, in any order")
         self.dataset, self.seed = dataset, seed
-        self._epoch, self._order = -1, [0]
+        self.notices = getattr(dataset, "notices", ())
+        self._epoch = -1
+        self._order: Any = [0]
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -39,8 +38,7 @@ class Reshuffled(Dataset[Any]):
             self._epoch, self._order = epoch, self._order_of(epoch)
         return self.dataset[int(self._order[place])]
 
-    def _order_of(self, epoch: int) -> Sequence[int]:
+    def _order_of(self, epoch: int) -> Any:
         import numpy as np
 
-        order: Sequence[int] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.dataset))
-        return order
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.dataset))

@@ -32,7 +32,7 @@ def batches_per_chunk(cfg: "ConfigContainer", dataset: Any, num_chunks: int, con
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     # Attention on every stage asks where the documents of a packed sample begin.
-    ends = ends or getattr(dataset, "packed", False)
+    ends = ends or getattr(cfg.dataset, "packing", False)
     return [
         build_data_iterator(
             dataset,

@@ -32,14 +32,19 @@ def finetune(cfg: "ConfigContainer", forward_step: Any = None, callbacks: "Seque
     from megatron.bridge.training import gpt_step
     from megatron.bridge.training.pretrain import pretrain
 
+    check_start(cfg)
+    cfg.model.calculate_per_token_loss = True
+    return pretrain(cfg, forward_step or gpt_step.forward_step, callbacks)
+
+
+def check_start(cfg: "ConfigContainer") -> None:
+    """Refuse a run without weights to start from."""
     start = cfg.checkpoint.load or cfg.checkpoint.pretrained_checkpoint
     if start is None and not getattr(cfg.model, "loads_weights", False):
         raise BridgeError(
             "there are no weights to tune; set checkpoint.pretrained_checkpoint (a Megatron checkpoint), or make the "
             "provider by AutoBridge.from_hf_pretrained(...).to_megatron_provider(); pretrain() starts from random ones"
         )
-    cfg.model.calculate_per_token_loss = True
-    return pretrain(cfg, forward_step or gpt_step.forward_step, callbacks)
 
 
 def finetune_config(
