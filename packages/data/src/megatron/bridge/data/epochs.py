@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from megatron.bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _ENDLESS = 1 << 62  # more samples than any run draws
 
@@ -27,7 +31,7 @@ class Reshuffled(Dataset[Any]):
         self.dataset, self.seed = dataset, seed
         self.notices = getattr(dataset, "notices", ())
         self._epoch = -1
-        self._order: Any = [0]
+        self._order: NDArray[np.int64]
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -38,7 +42,10 @@ class Reshuffled(Dataset[Any]):
             self._epoch, self._order = epoch, self._order_of(epoch)
         return self.dataset[int(self._order[place])]
 
-    def _order_of(self, epoch: int) -> Any:
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
         import numpy as np
 
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.dataset))
+        order: NDArray[np.int64] = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(
+            len(self.dataset)
+        )
+        return order
