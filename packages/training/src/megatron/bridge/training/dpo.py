@@ -145,13 +145,14 @@ def _computed(run: "RunState") -> Reference:
     from megatron.bridge.training.step import forward_backward
 
     found: dict[int, tuple[float, float]] = {}
+    batch = run.cfg.train.global_batch_size
     for chunk in run.model:
         chunk.eval()
     with torch.no_grad():
         for dataset in _pairs(run.cfg):
-            data = batches_per_chunk(run.cfg, dataset, len(run.model), consumed_samples=0)
-            for _ in range(len(dataset) // run.cfg.train.global_batch_size):
-                reports = forward_backward(run, _reference_step, data, run.num_microbatches, training=False)
+            data = batches_per_chunk(run.cfg, dataset, len(run.model), batch)
+            for _ in range(len(dataset) // batch):
+                reports = forward_backward(run, _reference_step, data, run.num_microbatches(batch), training=False)
                 found |= {
                     int(pair): (chosen, rejected) for pair, chosen, rejected in (r[_PAIR].tolist() for r in reports)
                 }
