@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.data import batches_per_chunk
-from megatron.bridge.training.step import NotFinite, forward_backward, global_loss
+from megatron.bridge.training.fault_tolerance import NotFinite
+from megatron.bridge.training.step import forward_backward, global_loss
 
 if TYPE_CHECKING:
     from megatron.bridge.training.reporter import Reporter
