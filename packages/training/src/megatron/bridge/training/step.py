@@ -161,11 +161,9 @@ def reduced_loss(
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(totals, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
     total, tokens = totals.tolist()
-    if tokens == 0 and may_be_empty:
-        return 0.0, 0, own
-    if tokens == 0:
+    if tokens == 0 and not may_be_empty:
         raise NotFinite(f"no token of iteration {iteration} counts for the loss: its loss mask is all zeros")
-    return total / tokens, int(tokens), own
+    return total / max(tokens, 1), int(tokens), own
 
 
 def check_finite(loss: float, own: float, iteration: int) -> None:
