@@ -253,5 +253,7 @@ def test_text_that_is_empty_or_absent(cli: Cli, folder: Path) -> None:
 
 def test_a_run_folder_in_the_place_of_a_file(cli: Cli, folder: Path) -> None:
     (folder / "file").write_text("mine")
-    refused(cli(*RECIPE, "--run-folder", "file", folder=folder), "logger.folder='file' cannot be written", "is not a folder")
+    refused(
+        cli(*RECIPE, "--run-folder", "file", folder=folder), "logger.folder='file' cannot be written", "is not a folder"
+    )
     assert (folder / "file").read_text() == "mine"
