@@ -5,7 +5,7 @@
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.data import stream_states as states_of_streams
 from megatron.bridge.training.hf_side import is_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
@@ -46,6 +47,7 @@ def save_checkpoint(
     consumed_samples: int | None = None,
     logger_states: Mapping[str, Any] | None = None,
     guard_state: Mapping[str, Any] | None = None,
+    stream_states: Sequence[bytes] = (),
 ) -> Path:
     """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
@@ -56,6 +58,7 @@ def save_checkpoint(
         consumed_samples: training sequences drawn; None for those of `iteration` steps from the beginning.
         logger_states: by logger, what it needs to go on after a resume; rank 0's counts.
         guard_state: what the watch over faulty steps needs (`Guard.state_dict`).
+        stream_states: see `TrainProgress`; rank 0's count.
 
     Returns:
         The finished folder.
@@ -64,7 +67,11 @@ def save_checkpoint(
         BridgeError: no folder is configured, or it cannot be written.
     """
     drawn = cfg.train.batch_sizes.samples_after(iteration) if consumed_samples is None else consumed_samples
-    held = {"logger_states": dict(logger_states or {}), "guard_state": dict(guard_state or {})}
+    held = {
+        "logger_states": dict(logger_states or {}),
+        "guard_state": dict(guard_state or {}),
+        "stream_states": list(stream_states),
+    }
     parts = model, optimizer, scheduler
     with tempfile.TemporaryDirectory() as scratch:
         saving = _start_save(TrainProgress(iteration, drawn), *parts, cfg, held, Path(scratch), False)
@@ -85,7 +92,12 @@ def start_save(run: "RunState", scratch: Path) -> dist_checkpoint.CheckpointSave
     """
     in_background = run.cfg.checkpoint.async_save
     parts = run.model, run.optimizer, run.scheduler
-    held = {"logger_states": dict(run.logger_states), "guard_state": dict(run.guard.state_dict())}
+    run.progress.stream_states = states_of_streams(run.streams)
+    held = {
+        "logger_states": dict(run.logger_states),
+        "guard_state": dict(run.guard.state_dict()),
+        "stream_states": run.progress.stream_states,
+    }
     return _start_save(run.progress, *parts, run.cfg, held, scratch, in_background)
 
 
@@ -151,7 +163,11 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
 
 
 def _progress(loaded: Mapping[str, Any]) -> TrainProgress:
-    return TrainProgress(iteration=loaded["iteration"], consumed_samples=loaded["consumed_samples"])
+    return TrainProgress(
+        iteration=loaded["iteration"],
+        consumed_samples=loaded["consumed_samples"],
+        stream_states=loaded.get("stream_states", ()),
+    )
 
 
 def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "ConfigContainer") -> Mapping[str, Any]:

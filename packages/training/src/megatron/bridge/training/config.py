@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.tokenizers.config import TokenizerConfig
 from megatron.bridge.training.batch_sizes import BatchSizes, batch_sizes
+from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
@@ -30,6 +31,7 @@ _LAZY = {
 
 __all__ = [
     "CheckpointConfig",
+    "CommOverlapConfig",
     "ConfigContainer",
     "DatasetBuildContext",
     "DatasetProvider",
@@ -46,6 +48,7 @@ __all__ = [
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]
 
 
@@ -97,6 +100,19 @@ class TrainingConfig:
         if self.train_iters is not None:
             return self.train_iters
         return 0 if self.train_samples is None else self.batch_sizes.iterations_within(self.train_samples)
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Evaluation, in a section of its own: what is set here takes the place of the same fields of `train`.
+
+    Attributes:
+        eval_interval: steps between evaluations on the validation split.
+        eval_iters: global batches per evaluation.
+    """
+
+    eval_interval: int | None = None
+    eval_iters: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -260,16 +276,29 @@ class ProfilingConfig:
 
 @dataclass(kw_only=True)
 class RNGConfig:
-    """Random state. `seed`: seeds weights, dropout and the order of data loading."""
+    """Random state.
+
+    Attributes:
+        seed: of weights, dropout and the order of data loading.
+        te_rng_tracker: keep the random states of model-parallel regions in Transformer Engine's tracker, which CUDA
+            graphs need.
+    """
 
     seed: int = 1234
+    te_rng_tracker: bool = False
 
 
 @dataclass(kw_only=True)
 class DistributedInitConfig:
-    """How ranks meet. `timeout_seconds`: how long a collective waits for an absent rank before the run fails."""
+    """How ranks meet.
+
+    Attributes:
+        timeout_seconds: how long a collective waits for an absent rank before the run fails.
+        distributed_backend: `nccl` or `gloo`; None for what the machine has.
+    """
 
     timeout_seconds: float = 600.0
+    distributed_backend: Literal["nccl", "gloo"] | None = None
 
 
 def _optimizer() -> "OptimizerConfig":
@@ -297,6 +326,7 @@ class ConfigContainer:
     model: Any
     dataset: DatasetProvider
     train: TrainingConfig
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     optimizer: "OptimizerConfig" = field(default_factory=_optimizer)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -304,6 +334,7 @@ class ConfigContainer:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    comm_overlap: CommOverlapConfig = field(default_factory=CommOverlapConfig)
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)

@@ -1,5 +1,6 @@
 """The trained model as a Hugging Face folder when a run ends."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,13 @@ class ExportHF(Callback):
 
     def on_train_end(self, run: "RunState", result: "TrainResult") -> None:
         from megatron.bridge.conversion.checkpoint_layout import saved_iterations
-        from megatron.bridge.training.checkpoint import load_weights
+        from megatron.bridge.training.checkpoint import load_checkpoint
 
         if result.stopped_by not in _ENDS:
             return
         if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
-            load_weights(run.model, None, best_folder(run.cfg))
+            best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
+            load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
         _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
 
 

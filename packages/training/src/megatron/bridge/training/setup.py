@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.training.auxiliary_losses import start_recording
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import load_weights, restore, starting_point
-from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.data import build_datasets, training_batches
 from megatron.bridge.training.determinism import deterministic
 from megatron.bridge.training.hf_export import ExportHF
 from megatron.bridge.training.hf_side import load_hf
@@ -36,7 +36,7 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
 
     had_world, had_groups = dist.is_initialized(), parallel_state.is_initialized()
     with deterministic(cfg.model.deterministic_mode):
-        platform.initialize_distributed(cfg.dist.timeout_seconds)
+        platform.initialize_distributed(cfg.dist.timeout_seconds, cfg.dist.distributed_backend)
         yield
     if not had_groups and parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -54,6 +54,8 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
 
     cfg.validate(platform.world_size())
     seed_everything(cfg.rng.seed)
+    if cfg.rng.te_rng_tracker:
+        cfg.model.use_te_rng_tracker = True
     cfg.model.initialize_model_parallel(cfg.rng.seed)
     start_recording()
     train_set, valid_set = build_datasets(cfg)
@@ -72,8 +74,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
         load_weights(model, optimizer, start.folder)
     elif cfg.checkpoint.pretrained_checkpoint is not None:
         load_hf(cfg, model, optimizer)
-    data = batches_per_chunk(cfg, train_set, len(model), cfg.train.batch_sizes.at, run.progress.consumed_samples)
-    run.train_data = [run.phases.waiting(each) for each in data]
+    run.train_data = [run.phases.waiting(each) for each in training_batches(run, train_set)]
     return run
 
 

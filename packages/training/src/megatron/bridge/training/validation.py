@@ -12,6 +12,7 @@ from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.batch_sizes import ramp_problem
+from megatron.bridge.training.comm_overlap import apply_overlap, engine_problems, overlap_problems
 from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
@@ -36,6 +37,8 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight
         world_size = platform.world_size()
     try:
         apply_precision(cfg)
+        apply_overlap(cfg)
+        _apply_evaluation(cfg)
     except BridgeError as error:
         raise ConfigError(str(error)) from error
     checks = [*_CHECKS, *(check for what, those in _CHECKS_BY_SIGHT.items() if what in sight for check in those)]
@@ -43,6 +46,14 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight
     found += [*_layout_problems(cfg, world_size), *rank_problems(cfg, world_size)]
     if found:
         raise ConfigError(report("the configuration cannot run", found))
+
+
+def _apply_evaluation(cfg: "ConfigContainer") -> None:
+    """The section `validation` decides about the fields of `train` that say the same."""
+    for name in ("eval_interval", "eval_iters"):
+        value = getattr(cfg.validation, name)
+        if value is not None:
+            setattr(cfg.train, name, value)
 
 
 def report(headline: str, problems: list[str]) -> str:
@@ -401,6 +412,10 @@ def _fault_tolerance(cfg: "ConfigContainer") -> Iterator[str]:
 def _logger(cfg: "ConfigContainer") -> Iterator[str]:
     from megatron.bridge.training.reporter import loggers_of
 
+    for name in ("folder", "tensorboard_dir", "wandb_save_dir"):
+        path = getattr(cfg.logger, name)
+        if path is not None and (why := _refused_folder(Path(path))) is not None:
+            yield f"logger.{name}={path!r} cannot be written: {why}"
     factor = cfg.logger.straggler_factor
     if factor is not None and factor <= 1:
         yield f"logger.straggler_factor={factor} must be greater than 1; 1.2 tells of ranks that take 20% longer"
@@ -463,12 +478,24 @@ def saved_iteration(folder: Path) -> int:
     return iteration_of(folder) or 0
 
 
+def _ranks(cfg: "ConfigContainer") -> Iterator[str]:
+    from megatron.bridge.platform import cuda_available
+
+    if cfg.dist.distributed_backend == "nccl" and not cuda_available():
+        yield "dist.distributed_backend='nccl' needs a GPU, and there is none; leave it out, or use 'gloo'"
+    if cfg.rng.te_rng_tracker and importlib.util.find_spec("transformer_engine") is None:
+        yield "rng.te_rng_tracker=True needs Transformer Engine, which is not there; leave it out"
+
+
 def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
     from megatron.bridge.training.config_origins import values_of
 
     yield from secret_problems((each.key, each.value) for each in values_of(cfg))
 
 
-_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _profiling, _secrets)
+_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _profiling, overlap_problems, _secrets)
 # What can be proven only where the run's files, or the machine that it runs on, are.
-_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems, machine_problems)}
+_CHECKS_BY_SIGHT = {
+    "files": (_data, _checkpoint, _logger),
+    "machine": (precision_problems, machine_problems, engine_problems, _ranks),
+}
