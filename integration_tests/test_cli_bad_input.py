@@ -233,7 +233,7 @@ def test_a_run_that_cannot_be_is_refused_with_all_that_is_wrong(cli: Cli, folder
         "needs a multiple of 3 ranks, and there are 2",
         "no data at 'data/nowhere'",
         "logger.folder='file/logs' cannot be written",
-        "is a file",
+        "is not a folder",
         "checkpoint.load",
         "optimizer.lr=-1",
         "train.eval_iters=0 must be greater than 0",
@@ -253,5 +253,7 @@ def test_text_that_is_empty_or_absent(cli: Cli, folder: Path) -> None:
 
 def test_a_run_folder_in_the_place_of_a_file(cli: Cli, folder: Path) -> None:
     (folder / "file").write_text("mine")
-    refused(cli(*RECIPE, "--run-folder", "file", folder=folder), "logger.folder='file' cannot be written", "is a file")
+    refused(
+        cli(*RECIPE, "--run-folder", "file", folder=folder), "logger.folder='file' cannot be written", "is not a folder"
+    )
     assert (folder / "file").read_text() == "mine"

@@ -157,26 +157,34 @@ class CheckpointConfig:
     Attributes:
         save: folder for this run's checkpoints; None saves nothing.
         save_interval: steps between checkpoints; the last step is saved in any case.
+        async_save: write in the background while training goes on, from copies of the tensors in host memory; the bytes
+            are those of the step that is saved. The last save of a run is waited for.
         most_recent_k: how many of this run's newest checkpoints to keep; None keeps all. An older one goes only after a
             newer one was verified.
         save_retries: how often a save that failed is tried again, after a second, two, four, ...
         go_on_without: whether training goes on after a save that failed for good; the last one of a run must not fail.
         load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position. Under a
             root the newest that is whole is taken, and what is wrong with newer ones is told.
+        ckpt_step: iteration under the root `load` to resume from, instead of the newest.
         load_optim: restore optimizer and schedule too.
         load_rng: restore the random state too (where the parallel layout is the same).
-        pretrained_checkpoint: checkpoint whose weights a fresh run starts from, e.g. made by `AutoBridge.import_ckpt`.
+        pretrained_checkpoint: what a fresh run takes its weights from: a Megatron checkpoint (made by
+            `AutoBridge.import_ckpt`, by a run, or by Megatron-LM's torch_dist format), or a Hugging Face folder.
+        hf_save_path: Hugging Face folder to write when the run has done all its steps.
     """
 
     save: str | None = None
     save_interval: int | None = None
+    async_save: bool = False
     most_recent_k: int | None = None
     save_retries: int = 2
     go_on_without: bool = False
     load: str | None = None
+    ckpt_step: int | None = None
     load_optim: bool = True
     load_rng: bool = True
     pretrained_checkpoint: str | None = None
+    hf_save_path: str | None = None
 
 
 @dataclass(kw_only=True)

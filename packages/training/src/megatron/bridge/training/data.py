@@ -50,7 +50,7 @@ def batches_per_chunk(
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     # Attention on every stage asks where the documents of a packed sample begin.
-    ends = ends or getattr(dataset, "packed", False)
+    ends = ends or getattr(cfg.dataset, "packing", False)
     if isinstance(dataset, StreamedDataset):
         place = LoaderPlace(
             micro_batch_size=cfg.train.micro_batch_size,

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.auxiliary_losses import start_recording
 from megatron.bridge.training.callbacks import Callback, Callbacks
-from megatron.bridge.training.checkpoint import restore, start_from
+from megatron.bridge.training.checkpoint import load_weights, restore, starting_point
 from megatron.bridge.training.data import build_datasets, training_batches
+from megatron.bridge.training.hf_export import ExportHF
+from megatron.bridge.training.hf_side import load_hf
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 from megatron.bridge.training.step import finish_gradients
@@ -42,7 +44,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     """Validate `cfg`, then build data, model, optimizer and schedule, and load what the run starts from. Collective.
 
     Raises:
-        BridgeError: anything that cannot work; data are checked before the model is built.
+        BridgeError: anything that cannot work; data and checkpoints are checked before the model is built.
     """
     from megatron.bridge import platform
 
@@ -53,17 +55,21 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     cfg.model.initialize_model_parallel(cfg.rng.seed)
     start_recording()
     train_set, valid_set = build_datasets(cfg)
+    start = starting_point(cfg)
     model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, wrap_with_ddp=True, seed=cfg.rng.seed)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, [], valid_set)
-    run.callbacks = Callbacks(callbacks)
+    export = cfg.checkpoint.hf_save_path
+    run.callbacks = Callbacks([*callbacks, *([ExportHF(export)] if export is not None else [])])
     run.notices += getattr(train_set, "notices", ())
     connect(run)
-    if cfg.checkpoint.load is not None:
-        restore(run)
+    if start is not None and cfg.checkpoint.load is not None:
+        restore(run, start)
+    elif start is not None:
+        load_weights(model, optimizer, start.folder)
     elif cfg.checkpoint.pretrained_checkpoint is not None:
-        start_from(run)
+        load_hf(cfg, model, optimizer)
     run.train_data = [run.phases.waiting(each) for each in training_batches(run, train_set)]
     return run
 

@@ -13,9 +13,10 @@ from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.batch_sizes import ramp_problem
 from megatron.bridge.training.comm_overlap import apply_overlap, engine_problems, overlap_problems
+from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
-from megatron.bridge.training.newest_whole import Found, newest_whole
+from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path
 from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
 from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
@@ -345,22 +346,32 @@ def _packing(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     checkpoint = cfg.checkpoint
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield "checkpoint.save_interval is set, but checkpoint.save is not: there is no folder to save into"
-    if checkpoint.most_recent_k is not None and checkpoint.save is None:
-        yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
+    for name in ("save_interval", "async_save", "most_recent_k"):
+        if getattr(checkpoint, name) and checkpoint.save is None:
+            yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
+    if checkpoint.ckpt_step is not None and checkpoint.load is None:
+        yield "checkpoint.ckpt_step is set, but checkpoint.load is not: there is no folder to take the iteration from"
     start: Found | None = None
-    for name in ("load", "pretrained_checkpoint"):
-        path = getattr(checkpoint, name)
-        if path is not None:
-            try:
-                start = newest_whole(path) if name == "load" else Found(resolve(path), {})
-            except BridgeError as error:
-                yield f"checkpoint.{name}: {error}"
+    resumed, pretrained = resumed_path(checkpoint), checkpoint.pretrained_checkpoint
+    try:
+        start = None if resumed is None else newest_whole(resumed)
+    except BridgeError as error:
+        yield f"checkpoint.load: {error}"
+    try:
+        if pretrained is not None and not is_hf_folder(pretrained):
+            resolve(pretrained)
+    except BridgeError as error:
+        yield f"checkpoint.pretrained_checkpoint: {error}"
     if checkpoint.save is not None:
-        yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
+        refused = _refused_folder(Path(checkpoint.save))
+        if refused:
+            yield f"checkpoint.save={checkpoint.save!r}: {refused}; save into another folder"
+        else:
+            yield from _save_folder(Path(checkpoint.save), start)
+    if checkpoint.hf_save_path is not None:
+        yield from _hf_folder(cfg, Path(checkpoint.hf_save_path))
 
 
 def _profiling(cfg: "ConfigContainer") -> Iterator[str]:
@@ -388,7 +399,7 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
 
     for name in ("folder", "tensorboard_dir", "wandb_save_dir"):
         path = getattr(cfg.logger, name)
-        if path is not None and (why := _unwritable(Path(path))) is not None:
+        if path is not None and (why := _refused_folder(Path(path))) is not None:
             yield f"logger.{name}={path!r} cannot be written: {why}"
     factor = cfg.logger.straggler_factor
     if factor is not None and factor <= 1:
@@ -411,12 +422,25 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 
 
-def _unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into a folder that may not exist yet; None where it can."""
-    nearest = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    if not nearest.is_dir():
-        return f"{nearest} is a file"
-    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written to"
+def _hf_folder(cfg: "ConfigContainer", folder: Path) -> Iterator[str]:
+    if not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
+        yield (
+            "checkpoint.hf_save_path is set, and nothing tells which Hugging Face model this is; make the provider "
+            "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
+        )
+    refused = "it is there already" if os.path.lexists(folder) else _refused_folder(folder)
+    if refused:
+        yield f"checkpoint.hf_save_path={str(folder)!r}: {refused}; write into another folder"
+
+
+def _refused_folder(folder: Path) -> str | None:
+    """Why nothing can be written into a folder that may not exist yet."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        return f"this user may not write into {place}"
+    return None
 
 
 def _save_folder(save: Path, resumed: "Found | None") -> Iterator[str]:
