@@ -99,6 +99,33 @@ def test_torchrun_is_given_words_that_it_understands(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_code_of_ones_own_is_named(tmp_path: Path) -> None:
+    (tmp_path / "my_code.py").write_text(
+        "from megatron.bridge.training import gpt_step\n"
+        "from megatron.bridge.training.callbacks import Callback\n"
+        "def step(run, data, model):\n"
+        "    open('stepped', 'w').close()\n"
+        "    return gpt_step.forward_step(run, data, model)\n"
+        "class Stop(Callback):\n"
+        "    def on_step_end(self, run, result):\n"
+        "        run.request_stop('seen enough')\n"
+        "stop, wrong = Stop(), 3\n"
+    )
+    for callback in ("my_code:Stop", "my_code:stop"):
+        own = ("--forward-step", "my_code:step", "--callback", callback)
+        folder = f"run-{callback[-4:]}"
+        assert _train("--nproc", "2", "--run-folder", folder, *own).exit_code == 0
+        assert (tmp_path / "stepped").exists()
+        assert (tmp_path / folder / "stopped_by.txt").read_text() == "callback\n"
+    for wrong, said in (
+        (("--callback", "my_code:wrong"), "is 3, and no"),
+        (("--callback", "my_code:absent"), "cannot be imported"),
+        (("--forward-step", "nowhere:step"), "No module named 'nowhere'"),
+    ):
+        with pytest.raises(BridgeError, match=said):
+            _train("--dry-run", *wrong)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

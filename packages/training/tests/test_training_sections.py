@@ -43,8 +43,8 @@ def test_the_section_on_validation_decides(field: str, make_run: Callable[..., A
     ("model", "overrides", "world", "said"),
     [
         ({}, ["comm_overlap.tp_comm_overlap=true"], 1, "needs model.sequence_parallel=true"),
-        ({}, ["comm_overlap.tp_comm_overlap=true"], 1, "tp_comm_overlap need a GPU and Transformer Engine"),
-        ({}, ["comm_overlap.delay_wgrad_compute=true"], 1, "delay_wgrad_compute need a GPU"),
+        ({}, ["comm_overlap.tp_comm_overlap=true"], 1, "tp_comm_overlap: a GPU and Transformer Engine are needed"),
+        ({}, ["comm_overlap.delay_wgrad_compute=true"], 1, "delay_wgrad_compute: a GPU"),
         ({}, ["comm_overlap.overlap_p2p_comm=true"], 1, "is for interleaved pipelines"),
         ({}, ["comm_overlap.overlap_param_gather=true"], 1, "needs ddp.use_distributed_optimizer=true"),
         ({}, ["comm_overlap.bucket_size=0"], 1, "bucket_size=0 must be greater than 0"),

@@ -16,22 +16,23 @@ if TYPE_CHECKING:
 @click.option("--recipe", required=True, help="Name of a recipe; `megatron-bridge plugins` lists them.")
 @click.option("--config", type=click.Path(), help="YAML file of sections, e.g. a checkpoint's run_config.yaml.")
 @click.option("--run-folder", type=click.Path(), help="Folder for all that the run writes.")
+@click.option("--forward-step", metavar="MODULE:NAME", help="A forward step of your own.")
+@click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME", help="A callback; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-folder; begin it where there is none.")
 @launching_options
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
-def train(
-    recipe: str, config: str | None, run_folder: str | None, resume: bool, overrides: tuple[str, ...], **launching: Any
-) -> None:
+def train(**given: Any) -> None:
     """Train by a recipe.
 
     Overrides change single fields of it: train.train_iters=10 model.tensor_model_parallel_size=2. Under torchrun or
     srun the ranks are theirs; --nproc starts ranks here, --launcher elsewhere. Ctrl-C saves a checkpoint, where there
     is a folder for it, and says how to resume.
     """
-    start(TrainCommand(recipe, config, overrides, run_folder, resume), Launching(**launching))
+    launching = {name: given.pop(name) for name in Launching.__dataclass_fields__}
+    start(TrainCommand(**given), Launching(**launching))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainCommand:
     """The command as it was given; called, it trains as one rank."""
 
@@ -40,6 +41,8 @@ class TrainCommand:
     overrides: tuple[str, ...]
     run_folder: str | None = None
     resume: bool = False
+    forward_step: str | None = None
+    callbacks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,6 +54,8 @@ class TrainCommand:
         words = ["train", "--recipe", self.recipe]
         words += ["--config", self.config] if self.config is not None else []
         words += ["--run-folder", self.run_folder] if self.run_folder is not None else []
+        words += ["--forward-step", self.forward_step] if self.forward_step is not None else []
+        words += [word for name in self.callbacks for word in ("--callback", name)]
         words += ["--resume"] if resume else []
         return (*words, *self.overrides)
 
@@ -59,6 +64,7 @@ class TrainCommand:
         from megatron.bridge.training.run_folder import use_run_folder
 
         cfg = configured(self.recipe, self.config, self.overrides)
+        self._own_code()  # refused here, before ranks are started
         if self.run_folder is not None:
             use_run_folder(cfg, self.run_folder, resume=self.resume)
         return cfg
@@ -74,10 +80,18 @@ class TrainCommand:
             self._train([record])
 
     def _train(self, callbacks: "list[Callback]") -> None:
-        from megatron.bridge.training.gpt_step import forward_step
         from megatron.bridge.training.pretrain import pretrain
 
-        pretrain(self.configured(), forward_step, callbacks)
+        cfg, (forward_step, own_callbacks) = self.configured(), self._own_code()
+        pretrain(cfg, forward_step, [*callbacks, *own_callbacks])
+
+    def _own_code(self) -> "tuple[Any, list[Callback]]":
+        """The forward step and the callbacks."""
+        from megatron.bridge.training.gpt_step import forward_step
+        from megatron.bridge.training.own_code import own, own_callback
+
+        step = forward_step if self.forward_step is None else own(self.forward_step, "--forward-step")
+        return step, [own_callback(name) for name in self.callbacks]
 
 
 def configured(recipe: str, config: str | None, overrides: tuple[str, ...]) -> "ConfigContainer":

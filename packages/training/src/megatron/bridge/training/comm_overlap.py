@@ -88,4 +88,4 @@ def engine_problems(cfg: "ConfigContainer") -> Iterator[str]:
     lacking = [] if cuda_available() else ["a GPU"]
     lacking += [] if importlib.util.find_spec("transformer_engine") else ["Transformer Engine"]
     if lacking:
-        yield f"comm_overlap: {' and '.join(asked)} need {' and '.join(lacking)}, which is not here; leave it out"
+        yield f"comm_overlap: {', '.join(asked)}: {' and '.join(lacking)} are needed, and not here; leave it out"
