@@ -1,0 +1,197 @@
+"""Adapters on a layer in place: the layer stays the module it was, with its keys, and gains adapters by name.
+
+As `torch.nn.utils.parametrize` does, the object is given a subclass of its own class, so that everything that looks for
+a layer, its weight or its type still finds it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron.bridge.conversion.adapters import refuse_tied
+from megatron.bridge.conversion.live_weights import ADAPTERS, as_chunks
+from megatron.bridge.conversion.shards import Blocks
+from megatron.bridge.errors import BridgeError, did_you_mean
+from megatron.bridge.peft.adapter import Adapter
+
+
+class AdaptedLayer:
+    """What a layer with adapters has besides; it stands before the layer's own class.
+
+    Attributes:
+        adapters: by name.
+        active: the name of the one that takes part; None for the layer alone.
+        merged_adapter: the name of the one that is in the weight.
+    """
+
+    adapters: torch.nn.ModuleDict
+    active: str | None
+    merged_adapter: str | None
+    base_class: type
+
+    def _with_adapter(self, forward: Any, values: Tensor) -> Any:
+        if self.active is None or self.merged_adapter is not None:
+            return forward(values)
+        adapter: Any = self.adapters[self.active]
+        return adapter(self, forward, values)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """This rank's part of the weight with the active adapter in it. Collective over the ranks of the layer."""
+        if self.active is None or self.merged_adapter is not None:
+            return weight
+        adapter: Any = self.adapters[self.active]
+        with torch.no_grad():
+            merged: Tensor = adapter.merged(weight.detach())
+        return merged
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}{ADAPTERS}.")}
+        for name, adapter in self.adapters.items():
+            state |= _sharded(adapter, f"{prefix}{ADAPTERS}.{name}.", sharded_offsets, metadata)
+        return state
+
+
+class _AdaptedForward(AdaptedLayer):
+    def forward(self, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward  # type: ignore[misc]
+        return self._with_adapter(lambda given: own(given, *args, **kwargs), values)
+
+
+class _AdaptedRouter(AdaptedLayer):
+    def gating(self, values: Tensor) -> Any:
+        return self._with_adapter(super().gating, values)  # type: ignore[misc]
+
+
+@cache
+def _adapted_class(base: type) -> type:
+    mixin = _AdaptedRouter if issubclass(base, Router) else _AdaptedForward
+    return type(f"Adapted{base.__name__}", (mixin, base), {"base_class": base, "__module__": base.__module__})
+
+
+def attach(layer: torch.nn.Module, name: str, adapter: Adapter) -> torch.nn.Module:
+    """Put `adapter` on `layer` under `name` and let it take part; returns the layer.
+
+    Raises:
+        BridgeError: the layer has an adapter of this name already.
+    """
+    if not isinstance(layer, AdaptedLayer):
+        layer.__class__ = _adapted_class(type(layer))
+        setattr(layer, ADAPTERS, torch.nn.ModuleDict())
+        layer.merged_adapter = None
+    assert isinstance(layer, AdaptedLayer)
+    if name in layer.adapters:
+        raise BridgeError(
+            f"{adapter.place.name} has an adapter named {name!r} already; give this one another adapter_name"
+        )
+    layer.adapters[name] = adapter
+    layer.active = name
+    return layer  # type: ignore[return-value]
+
+
+def adapted_layers(model: Any) -> Iterator[AdaptedLayer]:
+    """The layers of a model, or of its chunks, that have adapters."""
+    for chunk in model if isinstance(model, list | tuple) else [model]:
+        yield from (module for module in chunk.modules() if isinstance(module, AdaptedLayer))
+
+
+def use_adapter(model: Any, name: str | None) -> None:
+    """Let the adapter `name`, and no other, take part and train; None leaves the model alone.
+
+    Raises:
+        BridgeError: no layer here has an adapter of that name, or one is merged.
+    """
+    layers = list(adapted_layers(model))
+    known = sorted({each for layer in layers for each in layer.adapters})
+    if name is not None and layers and name not in known:
+        raise BridgeError(f"no adapter is called {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
+    merged = [layer.merged_adapter for layer in layers if layer.merged_adapter is not None]
+    if merged:
+        raise BridgeError(f"the adapter {merged[0]!r} is merged into the weights; call unmerge_adapter(model) first")
+    for layer in layers:
+        layer.active = name if name in layer.adapters else None
+        for own, adapter in layer.adapters.items():
+            adapter.requires_grad_(own == name)
+
+
+@contextlib.contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Within the block the model is the one beneath its adapters: a reference policy, for instance."""
+    before = [(layer, layer.active) for layer in adapted_layers(model)]
+    for layer, _ in before:
+        layer.active = None
+    try:
+        yield
+    finally:
+        for layer, active in before:
+            layer.active = active
+
+
+def merge_adapter(model: Any) -> None:
+    """Put the active adapter into the weights, for inference at the model's own speed.
+
+    Raises:
+        BridgeError: a weight is used by another layer too (tied embeddings), or there is no active adapter.
+    """
+    layers = [layer for layer in adapted_layers(model) if layer.active is not None]
+    if not layers:
+        raise BridgeError("no adapter takes part in this model, so there is none to merge")
+    refuse_tied(as_chunks(model))
+    for layer in layers:
+        if layer.merged_adapter is None:
+            weight: Any = layer.weight  # type: ignore[attr-defined]
+            # What was there is kept: the difference of two large numbers is not what was added.
+            layer.kept_weight = weight.detach().clone()  # type: ignore[attr-defined]
+            weight.data.copy_(layer.merged_weight(weight))
+            layer.merged_adapter = layer.active
+
+
+def unmerge_adapter(model: Any) -> None:
+    """Take the merged adapter out of the weights again, bit for bit."""
+    for layer in adapted_layers(model):
+        if layer.merged_adapter is not None:
+            layer.weight.data.copy_(layer.kept_weight)  # type: ignore[attr-defined]
+            layer.merged_adapter = layer.kept_weight = None  # type: ignore[attr-defined]
+
+
+def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """One adapter's parameters; layers have keys of their own, for some layers may have no adapter, or another rank."""
+    division, shards = adapter.division, adapter.shards()
+    offsets = tuple(offsets)
+    experts = offsets[-1:] if division.expert else ()
+    layer = f"{offsets[0][1]}." if len(offsets) > len(experts) else ""
+    inner = tuple((0, *offset[1:]) for offset in experts)
+    group = division.group if division.group is not None else _tensor_group()
+    state = make_sharded_tensors_for_checkpoint(
+        adapter.state_dict(keep_vars=True),
+        prefix,
+        {name: shard.axis for name, shard in shards.items() if isinstance(shard, Blocks)},
+        inner,
+        tp_group=group,
+        dp_cp_group=metadata["dp_cp_group"],
+    )
+    for name, shard in shards.items():
+        if isinstance(shard, Blocks) and shard.parts == 2:
+            key = prefix + name
+            state[key] = apply_swiglu_sharded_factory(
+                state[key], inner, False, tp_group=group, dp_group=metadata["dp_cp_group"]
+            )
+    for value in state.values():
+        value.key = value.key.replace(f"{ADAPTERS}.", f"{ADAPTERS}.{layer}", 1)
+    return state
+
+
+def _tensor_group() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()

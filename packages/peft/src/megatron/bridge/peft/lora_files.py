@@ -1,0 +1,108 @@
+"""A LoRA method of what peft says in `adapter_config.json`; what Megatron models cannot have is refused by name."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.bridge.conversion.transforms import Shape
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft.lora import LoRA
+
+# Settings of training that leave no trace in the weights, and those that are read here.
+_OF_TRAINING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "corda_config",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+_READ = {
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "use_dora",
+    "use_rslora",
+}
+# What everything else must be: peft's own words for "not used".
+_UNUSED: tuple[Any, ...] = (None, False, [], {}, "none")
+
+_A = re.compile(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)")
+
+
+def refuse_unknown_features(config: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse features of peft's configuration that are in use and not among `known`.
+
+    Raises:
+        BridgeError: names every one.
+    """
+    used = [f"{key}={value!r}" for key, value in sorted(config.items()) if key not in known and value not in _UNUSED]
+    if used:
+        raise BridgeError(
+            f"the adapter uses what Megatron models cannot have: {', '.join(used)}; merge it in peft "
+            "(merge_and_unload) and convert the merged model"
+        )
+
+
+def lora_from_hf(config: Mapping[str, Any], shapes: Mapping[str, Shape], adapter_name: str) -> LoRA:
+    """The method that gives adapters such as peft's file holds.
+
+    Args:
+        config: `adapter_config.json`.
+        shapes: of the file's weights.
+        adapter_name: of the adapters.
+
+    Raises:
+        BridgeError: names each feature that cannot be represented.
+    """
+    refuse_unknown_features(config, _OF_TRAINING | _READ)
+    modules = hf_targets(shapes)
+    if not modules:
+        raise BridgeError("the adapter's file holds no LoRA weights (NAME.lora_A.weight)")
+    return LoRA(
+        target_modules=modules,
+        adapter_name=adapter_name,
+        dim=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        use_rslora=bool(config.get("use_rslora")),
+        rank_pattern=_patterns(config.get("rank_pattern")),
+        alpha_pattern=_patterns(config.get("alpha_pattern")),
+    )
+
+
+def hf_targets(shapes: Mapping[str, Shape]) -> list[str]:
+    """The modules that a file of peft has LoRA weights of."""
+    found = (_A.fullmatch(name) for name in shapes)
+    return sorted({_experts(match[1]) for match in found if match})
+
+
+def _experts(module: str) -> str:
+    """Stacked experts: the one wrapper around the other is for the first of their two layers."""
+    if module.endswith(".experts.base_layer"):
+        return f"{module.removesuffix('.base_layer')}.*.gate_proj"
+    return f"{module}.*.down_proj" if module.endswith(".experts") else module
+
+
+def _patterns(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """peft's patterns, which are expressions of the end of a name."""
+    return {rf"re:(?:.*\.)?(?:{pattern})": value for pattern, value in (found or {}).items()}
