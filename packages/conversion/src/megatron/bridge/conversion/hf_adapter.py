@@ -151,7 +151,9 @@ def save_hf_adapter(
     export = AdapterExport(bridge, model, name, dtype)
     # Every rank takes part; the first one keeps. An adapter is a small part of its model.
     keeps = platform.rank() == 0
-    kept = {own: tensor.clone(memory_format=torch.contiguous_format) for own, tensor in export.weights(cpu=True) if keeps}
+    kept = {
+        own: tensor.clone(memory_format=torch.contiguous_format) for own, tensor in export.weights(cpu=True) if keeps
+    }
     source = bridge.source
     config = export.config(None if source is None else str(source.path_or_id))
 
@@ -216,7 +218,9 @@ class _Weights:
 
     def __init__(self, tensors: "Mapping[str, torch.Tensor]", stacked: list[NamePattern], experts: int) -> None:
         self._tensors = {
-            name: unpacked(name, tensor, experts) if any(pattern.match(name) for pattern in stacked) else tensor
+            name: unpacked(name, tensor, experts)
+            if any(pattern.match(name) is not None for pattern in stacked)
+            else tensor
             for name, tensor in tensors.items()
         }
 

@@ -12,6 +12,7 @@ from megatron.bridge.conversion.entries import base_name
 from megatron.bridge.conversion.names import NamePattern
 from megatron.bridge.conversion.table import WeightRule
 from megatron.bridge.conversion.transforms import Identity, Transform
+from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -77,17 +78,25 @@ class PeftNames:
             return None
         parent = first.partition(_EXPERT)[0]
         leaf = _STACKED.get(rule.megatron.removesuffix(_WEIGHT).rpartition(".")[2])
-        pattern = NamePattern(f"{parent}.{leaf}")
-        return pattern.text if any(pattern.match(name) for name in self.parameters) else None
+        pattern = f"{parent}.{leaf}"
+        return pattern if _spelled(pattern, self.parameters) else None
 
     def targets(self, rule: WeightRule) -> tuple[str, ...]:
         """The patterns of the modules or parameters that this rule's weight is on the Hugging Face side."""
         stacked = self.stacked(rule)
         if stacked is not None:
             return (stacked,)
-        return tuple(
-            name if any(NamePattern(name).match(each) for each in self.parameters) else name.removesuffix(_WEIGHT)
-            for name in rule.hf_names
+        return tuple(map(self._target, rule.hf_names))
+
+    def _target(self, weight: str) -> str:
+        module = weight.removesuffix(_WEIGHT)
+        if self._model is None or _spelled(module, self.modules):
+            return module
+        if _spelled(weight, self.parameters):
+            return weight
+        raise BridgeError(
+            f"the adapter on {module} cannot be given to peft: transformers' {type(self._model).__name__} has neither a "
+            "linear layer nor a parameter of that name; leave these layers out (exclude_modules), or merge the adapter"
         )
 
     def place(self, rule: WeightRule, adapted: Iterable[WeightRule]) -> tuple[tuple[str, ...], Transform, str]:
@@ -118,6 +127,10 @@ class PeftNames:
         wanted = set(targets)
         parameters = wanted & self.parameters
         return _endings(wanted - parameters, self.modules), _endings(parameters, self.parameters, shortest=2)
+
+
+def _spelled(pattern: str, names: Iterable[str]) -> bool:
+    return any(NamePattern(pattern).match(name) is not None for name in names)
 
 
 def _endings(wanted: set[str], known: frozenset[str], shortest: int = 1) -> list[str]:

@@ -5,7 +5,7 @@ a layer, its weight or its type still finds it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron.bridge.peft.adapter import Adapter
 
 
 class AdaptedLayer:
-    """What a layer with adapters has besides; it stands before the layer's own class.
+    """What a layer with adapters has besides.
 
     Attributes:
         adapters: by name.
@@ -31,10 +31,12 @@ class AdaptedLayer:
         merged_adapter: the name of the one that is in the weight.
     """
 
+    # A class without room of its own, so that an object can be given it.
+    __slots__ = ()
+
     adapters: torch.nn.ModuleDict
     active: str | None
     merged_adapter: str | None
-    base_class: type
 
     def _with_adapter(self, forward: Any, values: Tensor) -> Any:
         if self.active is None or self.merged_adapter is not None:
@@ -51,32 +53,34 @@ class AdaptedLayer:
             merged: Tensor = adapter.merged(weight.detach())
         return merged
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    def _sharded(
+        self, own: Callable[..., dict[str, Any]], prefix: str, offsets: Any, metadata: dict[str, Any] | None
     ) -> dict[str, Any]:
+        """The layer's own sharded state dict, as it would be without adapters, and theirs."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        state = own(self, prefix, offsets, metadata)
         state = {key: value for key, value in state.items() if not key.startswith(f"{prefix}{ADAPTERS}.")}
         for name, adapter in self.adapters.items():
-            state |= _sharded(adapter, f"{prefix}{ADAPTERS}.{name}.", sharded_offsets, metadata)
+            state |= _sharded(adapter, f"{prefix}{ADAPTERS}.{name}.", offsets, metadata)
         return state
 
 
-class _AdaptedForward(AdaptedLayer):
-    def forward(self, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own = super().forward  # type: ignore[misc]
-        return self._with_adapter(lambda given: own(given, *args, **kwargs), values)
-
-
-class _AdaptedRouter(AdaptedLayer):
-    def gating(self, values: Tensor) -> Any:
-        return self._with_adapter(super().gating, values)  # type: ignore[misc]
-
-
 @cache
-def _adapted_class(base: type) -> type:
-    mixin = _AdaptedRouter if issubclass(base, Router) else _AdaptedForward
-    return type(f"Adapted{base.__name__}", (mixin, base), {"base_class": base, "__module__": base.__module__})
+def _adapted_class(base: Any) -> type:
+    """The subclass of a layer's class. Its own class comes first among the bases: only then has it the same room."""
+
+    def forward(self: Any, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._with_adapter(lambda given: base.forward(self, given, *args, **kwargs), values)
+
+    def gating(self: Any, values: Tensor) -> Any:
+        return self._with_adapter(lambda given: base.gating(self, given), values)
+
+    def sharded_state_dict(self: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        return self._sharded(base.sharded_state_dict, prefix, sharded_offsets, metadata)
+
+    product = {"gating": gating} if issubclass(base, Router) else {"forward": forward}
+    members = {**product, "sharded_state_dict": sharded_state_dict, "__module__": base.__module__}
+    return type(f"Adapted{base.__name__}", (base, AdaptedLayer), members)
 
 
 def attach(layer: torch.nn.Module, name: str, adapter: Adapter) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """A LoRA method of what peft says in `adapter_config.json`; what Megatron models cannot have is refused by name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron.bridge.conversion.transforms import Shape
@@ -46,6 +46,8 @@ _READ = {
 # What everything else must be: peft's own words for "not used".
 _UNUSED: tuple[Any, ...] = (None, False, [], {}, "none")
 
+# What peft puts between the wrappers of two parameters of one module.
+_INNER = ".base_layer"
 _A = re.compile(r"(.+)\.(?:lora_A\.weight|lora_embedding_A)")
 
 
@@ -75,7 +77,7 @@ def lora_from_hf(config: Mapping[str, Any], shapes: Mapping[str, Shape], adapter
         BridgeError: names each feature that cannot be represented.
     """
     refuse_unknown_features(config, _OF_TRAINING | _READ)
-    modules = hf_targets(shapes)
+    modules = hf_targets(shapes, config.get("target_parameters") or ())
     if not modules:
         raise BridgeError("the adapter's file holds no LoRA weights (NAME.lora_A.weight)")
     return LoRA(
@@ -90,17 +92,27 @@ def lora_from_hf(config: Mapping[str, Any], shapes: Mapping[str, Shape], adapter
     )
 
 
-def hf_targets(shapes: Mapping[str, Shape]) -> list[str]:
-    """The modules that a file of peft has LoRA weights of."""
+def hf_targets(shapes: Mapping[str, Shape], parameters: Iterable[str] = ()) -> list[str]:
+    """Target patterns for the modules that a file of peft has LoRA weights of.
+
+    Args:
+        shapes: of the file's weights.
+        parameters: the configuration's target parameters.
+    """
     found = (_A.fullmatch(name) for name in shapes)
-    return sorted({_experts(match[1]) for match in found if match})
+    modules = {match[1] for match in found if match}
+    return sorted(_of_experts(module, modules, parameters) for module in modules)
 
 
-def _experts(module: str) -> str:
-    """Stacked experts: the one wrapper around the other is for the first of their two layers."""
-    if module.endswith(".experts.base_layer"):
-        return f"{module.removesuffix('.base_layer')}.*.gate_proj"
-    return f"{module}.*.down_proj" if module.endswith(".experts") else module
+def _of_experts(module: str, modules: set[str], parameters: Iterable[str]) -> str:
+    """Stacked experts: where both of their layers have adapters, the inner wrapper is the first one's."""
+    parent = module.removesuffix(_INNER)
+    if not parent.endswith(".experts"):
+        return module
+    both = f"{parent}{_INNER}" in modules
+    first = module != parent or (not both and any(name.endswith("gate_up_proj") for name in parameters))
+    leaves = "gate_up_proj|gate_proj|up_proj" if first else "down_proj"
+    return rf"re:{re.escape(parent)}\.(\d+\.)?({leaves})"
 
 
 def _patterns(found: Mapping[str, Any] | None) -> dict[str, Any]:
