@@ -1,51 +1,83 @@
 """`megatron-bridge train`: a recipe, changed by a file and by overrides, on one or several ranks. Light until run."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.launching.start import Launching, launching_options, start
 
 if TYPE_CHECKING:
+    from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.config import ConfigContainer
 
 
 @click.command(name="train", context_settings={"ignore_unknown_options": False})
 @click.option("--recipe", required=True, help="Name of a recipe; `megatron-bridge plugins` lists them.")
 @click.option("--config", type=click.Path(), help="YAML file of sections, e.g. a checkpoint's run_config.yaml.")
-@click.option("--nproc", type=click.IntRange(min=1), help="Start this many ranks on this machine.")
+@click.option("--run-folder", type=click.Path(), help="Folder for all that the run writes.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-folder; begin it where there is none.")
+@launching_options
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
-def train(recipe: str, config: str | None, nproc: int | None, overrides: tuple[str, ...]) -> None:
+def train(
+    recipe: str, config: str | None, run_folder: str | None, resume: bool, overrides: tuple[str, ...], **launching: Any
+) -> None:
     """Train by a recipe.
 
     Overrides change single fields of it: train.train_iters=10 model.tensor_model_parallel_size=2. Under torchrun or
-    srun the ranks are theirs; --nproc starts ranks here. Ctrl-C saves a checkpoint, where checkpoint.save is set, and
-    says how to resume.
+    srun the ranks are theirs; --nproc starts ranks here, --launcher elsewhere. Ctrl-C saves a checkpoint, where there
+    is a folder for it, and says how to resume.
     """
-    if nproc is None or nproc == 1:
-        _run(recipe, config, overrides)
-        return
-    from megatron.bridge.platform import world_size
-    from megatron.bridge.platform.engine import import_engine
-    from megatron.bridge.platform.launch import run_ranks, share_of_cores, signals_left_to_ranks
+    start(TrainCommand(recipe, config, overrides, run_folder, resume), Launching(**launching))
 
-    if world_size() > 1:
-        raise BridgeError(f"--nproc {nproc} starts ranks, but a launcher has started {world_size()} already; drop one")
-    # In the parent: refusals come once, and the ranks are forked from a process that has imported everything.
-    import_engine()
-    cfg = configured(recipe, config, overrides)
-    cfg.validate(nproc)
-    with signals_left_to_ranks():
-        run_ranks(
-            nproc,
-            _run,
-            recipe,
-            config,
-            overrides,
-            timeout=None,
-            collective_timeout=cfg.dist.timeout_seconds,
-            threads=share_of_cores(nproc),
-        )
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """The command as it was given; called, it trains as one rank."""
+
+    recipe: str
+    config: str | None
+    overrides: tuple[str, ...]
+    run_folder: str | None = None
+    resume: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the job in a queue."""
+        return self.recipe
+
+    def arguments(self, *, resume: bool) -> tuple[str, ...]:
+        """The words after `megatron-bridge` for one rank."""
+        words = ["train", "--recipe", self.recipe]
+        words += ["--config", self.config] if self.config is not None else []
+        words += ["--run-folder", self.run_folder] if self.run_folder is not None else []
+        words += ["--resume"] if resume else []
+        return (*words, *self.overrides)
+
+    def configured(self) -> "ConfigContainer":
+        """What it is to run."""
+        from megatron.bridge.training.run_folder import use_run_folder
+
+        cfg = configured(self.recipe, self.config, self.overrides)
+        if self.run_folder is not None:
+            use_run_folder(cfg, self.run_folder, resume=self.resume)
+        return cfg
+
+    def __call__(self) -> None:
+        """Train as one rank."""
+        from megatron.bridge.training.run_folder import recorded
+
+        if self.run_folder is None:
+            self._train([])
+            return
+        with recorded(self.run_folder, ["megatron-bridge", *self.arguments(resume=self.resume)]) as record:
+            self._train([record])
+
+    def _train(self, callbacks: "list[Callback]") -> None:
+        from megatron.bridge.training.gpt_step import forward_step
+        from megatron.bridge.training.pretrain import pretrain
+
+        pretrain(self.configured(), forward_step, callbacks)
 
 
 def configured(recipe: str, config: str | None, overrides: tuple[str, ...]) -> "ConfigContainer":
@@ -62,10 +94,3 @@ def configured(recipe: str, config: str | None, overrides: tuple[str, ...]) -> "
         apply_yaml(cfg, config)
     apply_overrides(cfg, overrides)
     return cfg
-
-
-def _run(recipe: str, config: str | None, overrides: tuple[str, ...]) -> None:
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
-    pretrain(configured(recipe, config, overrides), forward_step)

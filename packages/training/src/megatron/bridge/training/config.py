@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.tokenizers.config import TokenizerConfig
+from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
 if TYPE_CHECKING:
@@ -213,15 +214,16 @@ class ConfigContainer:
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
 
-    def validate(self, world_size: int | None = None) -> None:
+    def validate(self, world_size: int | None = None, sight: Sight = EVERYTHING) -> None:
         """Refuse what cannot run, before anything is built; all problems are reported at once.
 
         Args:
             world_size: number of ranks to check the parallel layout against; None for this process's world.
+            sight: what of the place where it will run can be looked at from here.
 
         Raises:
             ConfigError: lists every problem with its remedy.
         """
         from megatron.bridge.training.validation import validate
 
-        validate(self, world_size)
+        validate(self, world_size, sight)

@@ -1,5 +1,6 @@
 """What a run tells while it trains: metrics and messages, from rank 0 to the run's loggers."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -84,6 +85,7 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """Report a line for people."""
+        logging.getLogger(__name__).info(text)
         for logger in self._loggers.values():
             logger.message(text)
 

@@ -10,9 +10,11 @@ from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iteratio
 from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole
 from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
+from megatron.bridge.training.secrets import secret_problems
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -22,7 +24,7 @@ class ConfigError(BridgeError):
     """A configuration cannot run, or an override cannot be applied."""
 
 
-def validate(cfg: "ConfigContainer", world_size: int | None = None) -> None:
+def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight = EVERYTHING) -> None:
     """Raise one `ConfigError` that lists every problem of `cfg`; see `ConfigContainer.validate`."""
     if world_size is None:
         from megatron.bridge import platform
@@ -32,7 +34,8 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None) -> None:
         apply_precision(cfg)
     except BridgeError as error:
         raise ConfigError(str(error)) from error
-    found = [problem for check in _CHECKS for problem in check(cfg)]
+    checks = [*_CHECKS, *(check for what, those in _CHECKS_BY_SIGHT.items() if what in sight for check in those)]
+    found = [problem for check in checks for problem in check(cfg)]
     found += _layout_problems(cfg, world_size)
     if found:
         raise ConfigError(report("the configuration cannot run", found))
@@ -308,4 +311,12 @@ def saved_iteration(folder: Path) -> int:
     return iteration_of(folder) or 0
 
 
-_CHECKS = (_sizes, precision_problems, _model, _optimizer, _scheduler, _data, _checkpoint, _logger)
+def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
+    from megatron.bridge.training.config_origins import values_of
+
+    yield from secret_problems((each.key, each.value) for each in values_of(cfg))
+
+
+_CHECKS = (_sizes, _model, _optimizer, _scheduler, _secrets)
+# What can be proven only where the run's files, or the machine that it runs on, are.
+_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems,)}
