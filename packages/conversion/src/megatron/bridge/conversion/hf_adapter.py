@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.adapters import AdapterTable, adapted
 from megatron.bridge.conversion.entries import base_name
@@ -30,22 +30,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-class ReadsAdapters(Protocol):
-    """Makes a method of peft's configuration."""
-
-    def __call__(self, config: Mapping[str, Any], shapes: Mapping[str, Shape], adapter_name: str) -> Any:
-        """The method that gives adapters such as a file holds.
-
-        Args:
-            config: `adapter_config.json`.
-            shapes: of the file's weights, by peft's names without what they all begin with.
-            adapter_name: of the adapters.
-
-        Raises:
-            BridgeError: names each of the configuration's features that Megatron models cannot have.
-        """
-
-
+# peft_type -> a function (configuration, weights by name, adapter's name) that gives the method whose adapters the
+# weights fill, and refuses features that Megatron models cannot have, each by name.
 HF_ADAPTERS: Registry[Any] = Registry("megatron.bridge.hf_adapters", object, "kind of peft adapter")
 
 
@@ -104,6 +90,10 @@ class AdapterExport:
         """`adapter_config.json`."""
         modules, parameters = self._peft.shortened(self._table.settings)
         config = dict(self._table.config)
+        if parameters and (config["peft_type"] != "LORA" or config["use_dora"]):
+            raise BridgeError(
+                f"peft has plain LoRA alone for parameters that are no layers: {', '.join(parameters)}; leave them out"
+            )
         if parameters:
             # peft refuses dropout here, which plays no part but in training.
             config |= {"target_parameters": parameters} | {key: 0.0 for key in config if key.endswith("_dropout")}
@@ -239,8 +229,7 @@ def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *
     layout = Layout.of(chunks)
 
     def read() -> Any:
-        shapes = {own: tuple(tensor.shape) for own, tensor in folder.tensors.items()}
-        return HF_ADAPTERS[folder.config["peft_type"]](folder.config, shapes, name)
+        return HF_ADAPTERS[folder.config["peft_type"]](folder.config, folder.tensors, name)
 
     method = on_every_rank(read, what)
     for chunk in chunks:

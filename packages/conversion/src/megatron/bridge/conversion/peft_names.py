@@ -95,8 +95,8 @@ class PeftNames:
         if _spelled(weight, self.parameters):
             return weight
         raise BridgeError(
-            f"the adapter on {module} cannot be given to peft: transformers' {type(self._model).__name__} has neither a "
-            "linear layer nor a parameter of that name; leave these layers out (exclude_modules), or merge the adapter"
+            f"the adapter on {module} cannot be given to peft: transformers' {type(self._model).__name__} has neither "
+            "a linear layer nor a parameter of that name; leave these layers out (exclude_modules), or merge the adapter"
         )
 
     def place(self, rule: WeightRule, adapted: Iterable[WeightRule]) -> tuple[tuple[str, ...], Transform, str]:

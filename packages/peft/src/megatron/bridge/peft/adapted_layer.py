@@ -185,8 +185,8 @@ def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) 
         dp_cp_group=metadata["dp_cp_group"],
     )
     for name, shard in shards.items():
-        if isinstance(shard, Blocks) and shard.parts == 2:
-            key = prefix + name
+        key = prefix + name
+        if isinstance(shard, Blocks) and shard.parts == 2 and key in state:
             state[key] = apply_swiglu_sharded_factory(
                 state[key], inner, False, tp_group=group, dp_group=metadata["dp_cp_group"]
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.bridge.conversion.adapters import AdapterWeight
 from megatron.bridge.conversion.shards import Blocks, Replicated
+from megatron.bridge.conversion.transforms import Transform
 from megatron.bridge.peft.divided_layer import Division
 
 type Forward = Callable[[Tensor], Any]
@@ -23,11 +24,13 @@ class Place:
         name: of the layer in the whole model.
         division: of the layer.
         hf: the Hugging Face modules that the layer holds; empty where the model has no table.
+        rows: the transform between their outputs and the layer's.
     """
 
     name: str
     division: Division
     hf: tuple[str, ...] = ()
+    rows: Transform | None = None
 
 
 class Adapter(torch.nn.Module):

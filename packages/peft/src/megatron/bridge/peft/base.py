@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, overload
 
 from megatron.bridge.errors import BridgeError, did_you_mean
-from megatron.bridge.peft.binding import Binder, counted_over_model_parallel_ranks, freeze, module_names
+from megatron.bridge.peft.binding import (
+    Binder,
+    counted_over_model_parallel_ranks,
+    freeze,
+    let_gradients_through,
+    module_names,
+)
 from megatron.bridge.peft.module_names import ModuleNames
 from megatron.bridge.peft.report import BindingReport
 from megatron.bridge.peft.targets import layer_of, layers_of, matches, matches_any
@@ -18,6 +24,8 @@ from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron.bridge.conversion.transforms import Transform
 
 
 @dataclass(kw_only=True)
@@ -96,7 +104,9 @@ class PEFT(ABC):
         self._refuse_unbound([binding.name for binding in bindings], names)
         for chunk in bound:
             chunk.train(training)
-            if not training:
+            if training:
+                let_gradients_through(chunk)
+            else:
                 freeze(chunk)
         self._report = BindingReport.of(type(self).__name__, bindings, bound)
         return bound if isinstance(model, Sequence) else bound[0]
@@ -155,6 +165,11 @@ class PEFT(ABC):
         """The Hugging Face modules that a module of the model at hand holds; empty where nothing tells."""
         names: ModuleNames | None = getattr(self, "_names", None)
         return () if names is None else names.hf(full)
+
+    def hf_rows(self, full: str) -> "Transform | None":
+        """How the outputs of a module's Hugging Face modules lie in its own; None where nothing tells."""
+        names: ModuleNames | None = getattr(self, "_names", None)
+        return None if names is None else names.rows(full)
 
     def hf_targets(self, full: str) -> tuple[str, ...]:
         """Those of a module's Hugging Face modules that the settings name; all of them where they name it itself."""

@@ -1,7 +1,7 @@
 """Walks a frozen model, puts in place what a method returns, and records what that changed."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.live_weights import ADAPTERS
 from megatron.bridge.peft.report import Binding
@@ -17,6 +17,25 @@ def freeze(model: "torch.nn.Module") -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
+
+
+def let_gradients_through(chunk: "torch.nn.Module") -> None:
+    """Have a frozen embedding's output ask for a gradient where layers are computed anew in the backward pass.
+
+    Megatron-Core's recomputation gives no gradient to what is inside it when no input asks for one: adapters in the
+    first layers would silently never learn.
+    """
+    config, embedding = getattr(chunk, "config", None), getattr(chunk, "embedding", None)
+    if embedding is not None and getattr(config, "recompute_granularity", None) is not None:
+        embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(module: Any, inputs: Any, output: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
 
 
 def module_names(model: "torch.nn.Module") -> Iterator[str]:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.peft.base import PEFT
@@ -23,8 +23,11 @@ class LayerMethod(PEFT):
     """
 
     adapter_name: str = "default"
-    # Whether a fused layer may be a target by some of its parts alone (q and v, without k).
-    takes_parts: ClassVar[bool] = False
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a fused layer may be a target by some of its parts alone (q and v, without k)."""
+        return False
 
     @abstractmethod
     def adapter(self, layer: Any, place: "Place") -> "Adapter":
@@ -48,14 +51,16 @@ class LayerMethod(PEFT):
         if division.kind == "whole" and not self.names_router(full):
             return module
         if not self.takes_parts:
-            self._refuse_parts(full)
-        return attach(module, self.adapter_name, self.adapter(module, Place(full, division, self.hf_names(full))))
+            self.refuse_some_parts(full)
+        place = Place(full, division, self.hf_names(full), self.hf_rows(full))
+        return attach(module, self.adapter_name, self.adapter(module, place))
 
     def names_router(self, full: str) -> bool:
         """Whether a router is asked for by name, not merely matched by a pattern."""
         return any(target.rpartition(".")[2] in ("router", "gate") for target in self.target_modules)
 
-    def _refuse_parts(self, full: str) -> None:
+    def refuse_some_parts(self, full: str) -> None:
+        """Refuse a fused layer of which the targets name some parts only."""
         held, named = self.hf_names(full), self.hf_targets(full)
         if set(named) != set(held):
             absent = sorted({name.rpartition(".")[2] for name in set(held) - set(named)})

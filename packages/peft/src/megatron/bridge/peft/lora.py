@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.peft.layer_method import LayerMethod
 from megatron.bridge.peft.targets import matches_any
 
@@ -32,6 +33,8 @@ class LoRA(LayerMethod):
         lora_plus_ratio: learning rate of B over that of A (LoRA+, arXiv:2402.12354); None for the same.
         init_lora_weights: `kaiming`, `gaussian` and `orthogonal` begin with a product of zero; `pissa` and `olora`
             with the main directions of the weight, which are taken off the output again: the weight itself stays.
+        separate_parts: a pair of matrices for each Hugging Face part of a fused layer, or for those named alone.
+        shared_parts: target patterns of layers whose parts share an A all the same.
         rank_pattern, alpha_pattern: another rank, another alpha for layers by target pattern.
         seed: of the initial values; the same seed gives the same adapter at any parallel layout.
         lora_rank, lora_alpha, lora_dropout: other names of `dim`, `alpha` and `dropout`.
@@ -45,6 +48,8 @@ class LoRA(LayerMethod):
     use_rslora: bool = False
     lora_plus_ratio: float | None = None
     init_lora_weights: str = "kaiming"
+    separate_parts: bool = False
+    shared_parts: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     seed: int = 1234
@@ -81,6 +86,8 @@ class LoRA(LayerMethod):
         known = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
         if self.init_lora_weights not in known:
             yield f"init_lora_weights={self.init_lora_weights!r} is not supported; there are {', '.join(known)}"
+        if self.separate_parts and self.init_lora_weights in ("pissa", "olora"):
+            yield f"init_lora_weights={self.init_lora_weights!r} is not supported with separate_parts"
         if self.init_lora_weights == "orthogonal" and self.dim % 2:
             yield f"init_lora_weights='orthogonal' halves the rank, and dim={self.dim} is odd"
 
@@ -93,10 +100,33 @@ class LoRA(LayerMethod):
         alpha = _of_pattern(self.alpha_pattern, place, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    @property
+    def takes_parts(self) -> bool:
+        return self.separate_parts
+
     def adapter(self, layer: Any, place: "Place") -> "Adapter":
         from megatron.bridge.peft.low_rank import LowRank
+        from megatron.bridge.peft.low_rank_parts import LowRankParts
 
-        return LowRank(place, layer, self)
+        return LowRankParts(place, layer, self) if self.separates(place) else LowRank(place, layer, self)
+
+    def separates(self, place: "Place") -> bool:
+        """Whether the parts of a layer have matrices of their own.
+
+        Raises:
+            BridgeError: they should, and nothing tells which parts there are.
+        """
+        if not self.separate_parts:
+            return False
+        if not place.hf:
+            raise BridgeError(
+                f"{type(self).__name__}: nothing tells which Hugging Face modules {place.name} holds; build the model "
+                "by AutoBridge.to_megatron_provider(), or let parts share their matrices (LoRA)"
+            )
+        shared = matches_any(self.shared_parts, [place.name]) or all(
+            matches_any(self.shared_parts, [module]) for module in place.hf
+        )
+        return len(place.hf) > 1 and not shared
 
     def optimizer_overrides(self, lr: float, min_lr: float) -> Mapping[str, Mapping[str, float]]:
         if self.lora_plus_ratio is None:

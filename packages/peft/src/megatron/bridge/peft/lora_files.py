@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.conversion.transforms import Shape
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.peft.targets import REGEX
+
+if TYPE_CHECKING:
+    import torch
 
 # Settings of training that leave no trace in the weights, and those that are read here.
-_OF_TRAINING = {
+OF_TRAINING = {
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
@@ -65,41 +69,57 @@ def refuse_unknown_features(config: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
-def lora_from_hf(config: Mapping[str, Any], shapes: Mapping[str, Shape], adapter_name: str) -> LoRA:
+def lora_from_hf(config: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]", adapter_name: str) -> LoRA:
     """The method that gives adapters such as peft's file holds.
 
     Args:
         config: `adapter_config.json`.
-        shapes: of the file's weights.
+        tensors: of the file.
         adapter_name: of the adapters.
 
     Raises:
         BridgeError: names each feature that cannot be represented.
     """
-    refuse_unknown_features(config, _OF_TRAINING | _READ)
-    modules = hf_targets(shapes, config.get("target_parameters") or ())
+    refuse_unknown_features(config, OF_TRAINING | _READ)
+    modules = hf_targets(tensors, config.get("target_parameters") or ())
     if not modules:
         raise BridgeError("the adapter's file holds no LoRA weights (NAME.lora_A.weight)")
-    return LoRA(
+    return (DoRA if config.get("use_dora") else LoRA)(
         target_modules=modules,
         adapter_name=adapter_name,
         dim=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout", 0.0),
         use_rslora=bool(config.get("use_rslora")),
+        # peft has a pair of matrices for each module; some share an A all the same, as those that were trained here.
+        separate_parts=True,
+        shared_parts=[*_sharing(tensors), *(each for each in modules if each.startswith(REGEX))],
         rank_pattern=_patterns(config.get("rank_pattern")),
         alpha_pattern=_patterns(config.get("alpha_pattern")),
     )
 
 
-def hf_targets(shapes: Mapping[str, Shape], parameters: Iterable[str] = ()) -> list[str]:
+def _sharing(tensors: "Mapping[str, torch.Tensor]") -> list[str]:
+    """Modules that have the same A, bit for bit, as another one beside them."""
+    held = {match[1]: tensor for name, tensor in tensors.items() if (match := _A.fullmatch(name))}
+    beside: dict[str, list[str]] = {}
+    for module in held:
+        beside.setdefault(module.rpartition(".")[0], []).append(module)
+    return [
+        module
+        for module in held
+        if any(other != module and held[other].equal(held[module]) for other in beside[module.rpartition(".")[0]])
+    ]
+
+
+def hf_targets(tensors: Iterable[str], parameters: Iterable[str] = ()) -> list[str]:
     """Target patterns for the modules that a file of peft has LoRA weights of.
 
     Args:
-        shapes: of the file's weights.
+        tensors: names of the file's weights.
         parameters: the configuration's target parameters.
     """
-    found = (_A.fullmatch(name) for name in shapes)
+    found = (_A.fullmatch(name) for name in tensors)
     modules = {match[1] for match in found if match}
     return sorted(_of_experts(module, modules, parameters) for module in modules)
 

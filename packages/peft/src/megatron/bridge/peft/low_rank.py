@@ -91,18 +91,18 @@ class LowRank(Adapter):
         """The layer's output and the product, scaled."""
         return torch.add(output, self.product(layer, values, output), alpha=self.scale)
 
-    def product(self, layer: Any, values: Tensor, output: Tensor) -> Tensor:
+    def product(self, layer: Any, values: Tensor, output: Tensor, *, drop: bool = True) -> Tensor:
         """`B A x` as the layer's `output` is divided, with dropout."""
         division = self.division
         if division.kind != "vocabulary":
             values = layer_input(layer, values)
-            if self.dropout_position == "pre":
+            if drop and self.dropout_position == "pre":
                 values = self._dropped(values, differs=division.kind == "row" or division.sequence_parallel)
         product = division.expand(division.reduce(values, getattr(self, A)), getattr(self, B))
         if self.is_taken_off:
             product = product - division.expand(division.reduce(values, getattr(self, A0)), getattr(self, B0))
         product = division.matched(product, output)
-        if self.dropout_position == "post":
+        if drop and self.dropout_position == "post":
             product = self._dropped(product, differs=division.kind == "column" or division.sequence_parallel)
         return product
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.adapters import table_of
 from megatron.bridge.conversion.live_weights import CanonicalNames, unwrap
+from megatron.bridge.conversion.transforms import Transform
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ class ModuleNames:
         bare: Any = unwrap(chunk)
         self._names = CanonicalNames(bare)
         self._table = table_of(bare)
-        self._knows_more = getattr(bare, "bridge", None) is not None
 
     def full(self, name: str) -> str:
         """The name in the whole model: layers and experts count through all ranks."""
@@ -33,3 +33,8 @@ class ModuleNames:
     def hf(self, full_name: str) -> tuple[str, ...]:
         """The Hugging Face modules that a module holds, e.g. q, k and v projections; empty where nothing tells."""
         return () if self._table is None else self._table.modules(f"{full_name}.weight")
+
+    def rows(self, full_name: str) -> Transform | None:
+        """How the outputs of a module's Hugging Face modules lie in its own; None where nothing tells."""
+        rule = None if self._table is None else self._table.rule(f"{full_name}.weight")
+        return None if rule is None else rule.transform.on_rows

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge import platform
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.conversion.live_weights import as_chunks
-from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
+from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state, state_keys
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.newest_whole import newest_whole, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
+from megatron.bridge.training.peft_section import fill_trained_part, trained_part
 from megatron.bridge.training.random_state import random_state, restore_random_state
 from megatron.bridge.training.side_files import side_files
 from megatron.bridge.training.state import TrainProgress
@@ -62,7 +63,7 @@ def save_checkpoint(
     if cfg.checkpoint.save is None:
         raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
     drawn = iteration * cfg.train.global_batch_size if consumed_samples is None else consumed_samples
-    state = _model_state(model) | {
+    state = _trained_state(model, cfg) | {
         "checkpoint_version": 3.0,
         "iteration": iteration,
         "consumed_samples": drawn,
@@ -114,7 +115,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         raise BridgeError(
             f"{folder} holds weights only, no training state; start from it with checkpoint.pretrained_checkpoint"
         )
-    state = _model_state(model)
+    state = _trained_state(model, cfg)
     ignore: tuple[str, ...] = ()
     same_layout = common.get("parallel_layout") == _layout()
     if cfg.checkpoint.load_rng and same_layout:
@@ -127,7 +128,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     else:
         ignore += ("optimizer.",)
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
-    fill(as_chunks(model), loaded)
+    _fill_trained(model, loaded, cfg)
     if "optimizer" in state:
         load_optimizer_state(optimizer, loaded["optimizer"])
     elif optimizer is not None:
@@ -188,6 +189,21 @@ def start_from(run: "RunState") -> None:
 
 def _model_state(model: list[Any]) -> dict[str, Any]:
     return model_state(as_chunks(model), _SHARDING)
+
+
+def _trained_state(model: list[Any], cfg: "ConfigContainer") -> dict[str, Any]:
+    """What a run saves: the whole model, or what a PEFT method trains."""
+    chunks = as_chunks(model)
+    state = _model_state(model)
+    return state if cfg.peft is None else trained_part(state, chunks, state_keys(len(chunks)))
+
+
+def _fill_trained(model: list[Any], loaded: Mapping[str, Any], cfg: "ConfigContainer") -> None:
+    chunks = as_chunks(model)
+    if cfg.peft is None:
+        fill(chunks, loaded)
+    else:
+        fill_trained_part(chunks, loaded, state_keys(len(chunks)))
 
 
 def _layout() -> dict[str, int]:

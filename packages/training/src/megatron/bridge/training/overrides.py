@@ -12,6 +12,7 @@ import yaml
 
 from megatron.bridge.errors import did_you_mean
 from megatron.bridge.training.field_types import annotations_of, checked, checked_text, parse_yaml
+from megatron.bridge.training.section_choice import NAME, chosen, registry_of
 from megatron.bridge.training.validation import ConfigError, report
 
 # A key of run_config.yaml that says which class a section has.
@@ -78,10 +79,15 @@ def _leaves(section: Any, content: dict[Any, Any], prefix: str = "") -> Iterator
     """`(dotted key, value)` for all that a nested mapping sets; mappings go down only where there is a section."""
     for name, value in content.items():
         child = getattr(section, str(name), None)
-        if isinstance(value, dict) and dataclasses.is_dataclass(child):
+        if isinstance(value, dict) and dataclasses.is_dataclass(child) and not _chooses(section, str(name), value):
             yield from _leaves(child, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _chooses(section: Any, name: str, value: dict[Any, Any]) -> bool:
+    """Whether a mapping says which class a section is to have."""
+    return bool({NAME, CLASS_KEY} & value.keys()) and registry_of(section, name) is not None
 
 
 def _collect(
@@ -93,13 +99,15 @@ def _collect(
         if section not in annotations_of(type(owner)):
             problems.append(_unknown(cfg, key, owner, section, ".".join(sections[:depth])))
             return
-        owner = getattr(owner, section)
+        owner = _pending(owner, section, changes)
         if not dataclasses.is_dataclass(owner):
             problems.append(f"{key!r}: {'.'.join(sections[: depth + 1])} is {owner!r}, which has no fields")
             return
     annotations = annotations_of(type(owner))
     if name not in annotations:
         problems.append(_unknown(cfg, key, owner, name, ".".join(sections)))
+    elif (registry := registry_of(owner, name)) is not None:
+        _choose(cfg, key, owner, registry, read, value, changes, problems)
     elif dataclasses.is_dataclass(getattr(owner, name)):
         problems.append(f"{key!r} is a section; set one of its fields, e.g. {_example(key, getattr(owner, name))}")
     else:
@@ -107,6 +115,33 @@ def _collect(
             changes.append((owner, name, read(annotations[name], value)))
         except ValueError as error:
             problems.append(f"{key}: {error}")
+
+
+def _pending(owner: Any, name: str, changes: list[_Change]) -> Any:
+    """A section as it will be: one that is chosen in the same breath has its fields set by what follows."""
+    chosen_now = [value for changed, field, value in changes if changed is owner and field == name]
+    return chosen_now[-1] if chosen_now else getattr(owner, name)
+
+
+def _choose(
+    cfg: Any,
+    key: str,
+    owner: Any,
+    registry: Any,
+    read: Callable[[Any, Any], Any],
+    value: Any,
+    changes: list[_Change],
+    problems: list[str],
+) -> None:
+    """A section whose class is chosen by name, and its fields where a mapping gives them too."""
+    try:
+        section, settings = chosen(registry, value, CLASS_KEY)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+        return
+    changes.append((owner, key.rpartition(".")[2], section))
+    for name, setting in settings.items():
+        _collect(cfg, f"{key}.{name}", read, setting, changes, problems)
 
 
 def _example(key: str, section: Any) -> str:

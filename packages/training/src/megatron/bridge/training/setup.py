@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import restore, start_from
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.peft_section import apply_peft, optimizer_overrides
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 
@@ -47,7 +49,12 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     seed_everything(cfg.rng.seed)
     cfg.model.initialize_model_parallel(cfg.rng.seed)
     train_set, valid_set = build_datasets(cfg)
-    model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, wrap_with_ddp=True, seed=cfg.rng.seed)
+    model = cfg.model.provide_distributed_model(
+        ddp_config=cfg.ddp,
+        wrap_with_ddp=True,
+        pre_wrap_hook=None if cfg.peft is None else partial(apply_peft, cfg),
+        seed=cfg.rng.seed,
+    )
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, _num_microbatches(cfg), [], valid_set)
@@ -55,7 +62,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     connect(model, optimizer)
     if cfg.checkpoint.load is not None:
         restore(run)
-    elif cfg.checkpoint.pretrained_checkpoint is not None:
+    elif cfg.checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
         start_from(run)
     run.train_data = batches_per_chunk(cfg, train_set, len(model), run.progress.consumed_samples)
     return run
@@ -80,7 +87,8 @@ def build_optimizer(cfg: "ConfigContainer", model: list[Any]) -> Any:
     values = {"bf16": cfg.model.bf16, "fp16": cfg.model.fp16, "params_dtype": cfg.model.params_dtype}
     # Megatron-Core's schedule takes the lowest rate from here and cannot do without one.
     values["min_lr"] = cfg.optimizer.min_lr or 0.0
-    return get_megatron_optimizer(dataclasses.replace(cfg.optimizer, **values), model)
+    settings = dataclasses.replace(cfg.optimizer, **values)
+    return get_megatron_optimizer(settings, model, config_overrides=optimizer_overrides(cfg, settings))
 
 
 def connect(model: list[Any], optimizer: Any) -> None:

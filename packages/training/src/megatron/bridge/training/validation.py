@@ -13,6 +13,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole
+from megatron.bridge.training.peft_section import peft_problems
 from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
 
@@ -256,14 +257,17 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         yield "checkpoint.save_interval is set, but checkpoint.save is not: there is no folder to save into"
     if checkpoint.most_recent_k is not None and checkpoint.save is None:
         yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
-    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
+    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
     start: Found | None = None
     for name in ("load", "pretrained_checkpoint"):
         path = getattr(checkpoint, name)
         if path is not None:
             try:
-                start = newest_whole(path) if name == "load" else Found(resolve(path), {})
+                if name == "load":
+                    start = newest_whole(path)
+                else:
+                    resolve(path)
             except BridgeError as error:
                 yield f"checkpoint.{name}: {error}"
     if checkpoint.save is not None:
@@ -317,6 +321,6 @@ def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
     yield from secret_problems((each.key, each.value) for each in values_of(cfg))
 
 
-_CHECKS = (_sizes, _model, _optimizer, _scheduler, _secrets)
+_CHECKS = (_sizes, _model, _optimizer, _scheduler, _secrets, peft_problems)
 # What can be proven only where the run's files, or the machine that it runs on, are.
 _CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems,)}
