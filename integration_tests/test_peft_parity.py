@@ -108,7 +108,10 @@ def _reference(config: PretrainedConfig, method: peft.PeftConfig, folder: Path) 
         if step == 0:
             named = {name: each for name, each in model.named_parameters() if each.requires_grad}
             state = {name: each.grad.clone() for name, each in named.items()}
-            gradients = {name.replace(".default", ""): each for name, each in state.items()}
+            # peft's files have no adapter's name, and the magnitudes without the module that holds them.
+            gradients = {
+                name.replace(".default", "").replace("vector.weight", "vector"): each for name, each in state.items()
+            }
         optimizer.step()
     return Reference(folder, logits, gradients, losses)
 
@@ -279,7 +282,7 @@ def test_peft_loads_what_was_written(model: str, results: Any, references: dict[
             _close(loaded(_batch()[0]).logits, reference.logits, 1e-6, kind)
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES)
+@pytest.mark.parametrize(("model", "layout"), [("llama", "tp2"), ("qwen3 moe", "ep2")])
 def test_merged_weights_compute_what_the_adapter_does(
     model: str,
     layout: str,

@@ -48,7 +48,7 @@ class IsAdapter(Protocol):
     def exported(self) -> "Mapping[str, torch.Tensor]": ...
     def hf_weights(self, modules: tuple[str, ...], rows: Transform) -> Iterator[AdapterWeight]: ...
     def hf_targets(self, targets: tuple[str, ...]) -> tuple[str, ...]: ...
-    def hf_settings(self) -> dict[str, Any]: ...
+    def hf_settings(self, target: str) -> dict[str, Any]: ...
 
 
 class HoldsAdapters(Protocol):
@@ -218,7 +218,7 @@ class AdapterTable:
             rule, adapter = self._rule(each), each.layer.adapters[self._name]
             indices = rule.pattern.match(f"{each.name}{_WEIGHT}") or {}
             for target in adapter.hf_targets(self._peft.targets(rule)):
-                found[NamePattern(target).format(indices)] = adapter.hf_settings()
+                found[NamePattern(target).format(indices)] = adapter.hf_settings(target)
         return found
 
     def _rule(self, each: Adapted) -> WeightRule:

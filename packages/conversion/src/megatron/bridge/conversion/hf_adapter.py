@@ -245,7 +245,7 @@ def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *
     except BaseException:
         for each in adapted(chunks):
             if id(each.layer) not in before and name in each.layer.adapters:
-                del each.layer.adapters[name]
+                del each.layer.adapters[name]  # type: ignore[attr-defined]  # a ModuleDict is changed here alone
                 each.layer.active = None
         raise
     return method

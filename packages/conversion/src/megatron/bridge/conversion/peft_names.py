@@ -96,7 +96,7 @@ class PeftNames:
             return weight
         raise BridgeError(
             f"the adapter on {module} cannot be given to peft: transformers' {type(self._model).__name__} has neither "
-            "a linear layer nor a parameter of that name; leave these layers out (exclude_modules), or merge the adapter"
+            "a linear layer nor a parameter of that name; leave it out (exclude_modules), or merge the adapter"
         )
 
     def place(self, rule: WeightRule, adapted: Iterable[WeightRule]) -> tuple[tuple[str, ...], Transform, str]:

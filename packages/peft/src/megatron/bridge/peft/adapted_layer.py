@@ -83,7 +83,7 @@ def _adapted_class(base: Any) -> type:
     return type(f"Adapted{base.__name__}", (base, AdaptedLayer), members)
 
 
-def attach(layer: torch.nn.Module, name: str, adapter: Adapter) -> torch.nn.Module:
+def attach(layer: Any, name: str, adapter: Adapter) -> torch.nn.Module:
     """Put `adapter` on `layer` under `name` and let it take part; returns the layer.
 
     Raises:
@@ -93,17 +93,17 @@ def attach(layer: torch.nn.Module, name: str, adapter: Adapter) -> torch.nn.Modu
         layer.__class__ = _adapted_class(type(layer))
         setattr(layer, ADAPTERS, torch.nn.ModuleDict())
         layer.merged_adapter = None
-    assert isinstance(layer, AdaptedLayer)
     if name in layer.adapters:
         raise BridgeError(
             f"{adapter.place.name} has an adapter named {name!r} already; give this one another adapter_name"
         )
     layer.adapters[name] = adapter
     layer.active = name
-    return layer  # type: ignore[return-value]
+    attached: torch.nn.Module = layer
+    return attached
 
 
-def adapted_layers(model: Any) -> Iterator[AdaptedLayer]:
+def adapted_layers(model: Any) -> Iterator[Any]:
     """The layers of a model, or of its chunks, that have adapters."""
     for chunk in model if isinstance(model, list | tuple) else [model]:
         yield from (module for module in chunk.modules() if isinstance(module, AdaptedLayer))
@@ -153,9 +153,9 @@ def merge_adapter(model: Any) -> None:
     refuse_tied(as_chunks(model))
     for layer in layers:
         if layer.merged_adapter is None:
-            weight: Any = layer.weight  # type: ignore[attr-defined]
+            weight: Any = layer.weight
             # What was there is kept: the difference of two large numbers is not what was added.
-            layer.kept_weight = weight.detach().clone()  # type: ignore[attr-defined]
+            layer.kept_weight = weight.detach().clone()
             weight.data.copy_(layer.merged_weight(weight))
             layer.merged_adapter = layer.active
 
@@ -164,8 +164,8 @@ def unmerge_adapter(model: Any) -> None:
     """Take the merged adapter out of the weights again, bit for bit."""
     for layer in adapted_layers(model):
         if layer.merged_adapter is not None:
-            layer.weight.data.copy_(layer.kept_weight)  # type: ignore[attr-defined]
-            layer.merged_adapter = layer.kept_weight = None  # type: ignore[attr-defined]
+            layer.weight.data.copy_(layer.kept_weight)
+            layer.merged_adapter = layer.kept_weight = None
 
 
 def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -89,8 +89,12 @@ class Adapter(torch.nn.Module):
         """Which of the layer's Hugging Face modules, given by patterns of their names, peft has an adapter on."""
         return targets
 
-    def hf_settings(self) -> dict[str, Any]:
-        """What is particular to this adapter in peft's configuration."""
+    def hf_settings(self, target: str) -> dict[str, Any]:
+        """What is particular to this adapter in peft's configuration.
+
+        Args:
+            target: one of `hf_targets`.
+        """
         return {}
 
     def add(self, name: str, tensor: Tensor, layer: Any) -> None:

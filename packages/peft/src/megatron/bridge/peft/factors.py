@@ -71,7 +71,7 @@ class OutputFactors(Adapter):
     def merged(self, weight: Tensor) -> Tensor:
         return weight * self._factors()[:, None]
 
-    def hf_settings(self) -> dict[str, Any]:
+    def hf_settings(self, target: str) -> dict[str, Any]:
         return {"feedforward": False}
 
     def hf_weights(self, modules: tuple[str, ...], rows: Transform) -> Iterator[AdapterWeight]:
@@ -115,7 +115,7 @@ class InputFactors(Adapter):
     def merged(self, weight: Tensor) -> Tensor:
         return weight * getattr(self, FACTORS)
 
-    def hf_settings(self) -> dict[str, Any]:
+    def hf_settings(self, target: str) -> dict[str, Any]:
         return {"feedforward": True}
 
     def hf_weights(self, modules: tuple[str, ...], rows: Transform) -> Iterator[AdapterWeight]:

@@ -39,8 +39,8 @@ class FusedRows:
         joined = torch.cat(expected)
         if not torch.equal(held.sort().values, joined):
             raise BridgeError(
-                f"the parts of {name} cannot have adapters of their own at this layout: {division.size} tensor-parallel "
-                f"ranks do not hold equal runs of {counts} rows; use fewer ranks, or one adapter for all parts (LoRA)"
+                f"the parts of {name} cannot have adapters of their own at this layout: {division.size} tensor-parallel"
+                f" ranks do not hold equal runs of {counts} rows; use fewer ranks, or one adapter for all parts (LoRA)"
             )
         self._order = torch.searchsorted(joined, held)
 

@@ -135,7 +135,7 @@ class LowRank(Adapter):
             held[B] = torch.cat([held[B], -getattr(self, B0)], 1)
         return held
 
-    def hf_settings(self) -> dict[str, Any]:
+    def hf_settings(self, target: str) -> dict[str, Any]:
         return {"rank": self.exported_rank, "scale": self.scale}
 
     def hf_weights(self, modules: tuple[str, ...], rows: Transform) -> Iterator[AdapterWeight]:

@@ -1,5 +1,6 @@
 """LoRA's adapters on the parts of a fused layer, each with matrices of its own."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,13 @@ class LowRankParts(LowRank):
         assert place.rows is not None  # a layer whose parts are known has a rule
         named = method.hf_targets(place.name)
         self._named = {module: module.rpartition(".")[2] for module in place.hf if module in named}
+        # Each part has its own rank and scale, as the patterns say.
+        places = {leaf: dataclasses.replace(place, hf=(module,)) for module, leaf in self._named.items()}
+        self._ranks = {leaf: method.rank_of(part) for leaf, part in places.items()}
+        self._scales = {leaf: method.scale_of(part, self._ranks[leaf]) for leaf, part in places.items()}
         self._fused = FusedRows(place.name, place.rows, place.division)
         super().__init__(place, layer, method)
+        self.scale = 1.0
 
     def _begin(self, layer: Any, method: "LoRA") -> None:
         division = self.division
@@ -42,7 +48,7 @@ class LowRankParts(LowRank):
             source = generator(method.seed, f"{self.place.name}.{leaf}")
             local = self._fused.sizes[self.place.hf.index(module)]
             outputs = local * (division.size if division.kind == "column" else 1)
-            narrowing, expanding = RANDOM[method.init_lora_weights](self.rank, division.inputs, outputs, source)
+            narrowing, expanding = RANDOM[method.init_lora_weights](self._ranks[leaf], division.inputs, outputs, source)
             for matrix, whole in (("lora_A", narrowing), ("lora_B", expanding)):
                 name = f"{leaf}_{matrix}"
                 self.add(name, self.shards()[name].split(whole, division.size)[division.rank], layer)
@@ -55,12 +61,11 @@ class LowRankParts(LowRank):
         return shards
 
     def _pairs(self) -> "list[tuple[Tensor, Tensor] | None]":
-        """A and B of each part of the layer, in order; None for one without."""
-        leaves = (self._named.get(module) for module in self.place.hf)
-        return [
-            None if leaf is None else (getattr(self, f"{leaf}_lora_A"), getattr(self, f"{leaf}_lora_B"))
-            for leaf in leaves
-        ]
+        """A and B of each part of the layer, in order, A with the part's scale; None for one without."""
+        return [None if leaf is None else self._pair(leaf) for leaf in map(self._named.get, self.place.hf)]
+
+    def _pair(self, leaf: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"{leaf}_lora_A") * self._scales[leaf], getattr(self, f"{leaf}_lora_B")
 
     def product(self, layer: Any, values: Tensor, output: Tensor, *, drop: bool = True) -> Tensor:
         division = self.division
@@ -70,7 +75,9 @@ class LowRankParts(LowRank):
         pairs = self._pairs()
         # One product for all parts' A: one exchange between ranks instead of one for each.
         held = [pair for pair in pairs if pair is not None]
-        narrow = iter(division.reduce(values, torch.cat([pair[0] for pair in held])).split(self.rank, -1))
+        narrow = iter(
+            division.reduce(values, torch.cat([pair[0] for pair in held])).split(list(self._ranks.values()), -1)
+        )
         parts = [None if pair is None else division.expand(next(narrow), pair[1]) for pair in pairs]
         product = division.matched(self._fused.fuse(parts, output.new_zeros(1)), output)
         if drop and self.dropout_position == "post":
@@ -80,7 +87,11 @@ class LowRankParts(LowRank):
     def delta(self) -> Tensor:
         parts = [None if pair is None else self.division.delta(*pair).t() for pair in self._pairs()]
         first = next(part for part in parts if part is not None)
-        return self._fused.fuse(parts, first.new_zeros(1)).t() * self.scale
+        return self._fused.fuse(parts, first.new_zeros(1)).t()
+
+    def hf_settings(self, target: str) -> dict[str, Any]:
+        leaf = target.rpartition(".")[2]
+        return {"rank": self._ranks[leaf], "scale": self._scales[leaf]}
 
     def hf_targets(self, targets: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(each for each in targets if each.rpartition(".")[2] in self._named.values())
