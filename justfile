@@ -29,3 +29,7 @@ test *args:
 # Prove architectures at every layout and record it (docs/capabilities.md): all, or those named; --missing for new ones.
 zoo *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m zoo {{args}}
+
+# Train at every layout beside one rank, and one rank beside plain torch (docs/parity.md): all models, or those named.
+parity *args:
+    PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m parity {{args}}

@@ -41,3 +41,18 @@ def corpus_prefix(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: p
     prefix = str(tmp_path_factory.mktemp("corpus") / "help")
     preprocess_corpus([text_folder], prefix, tokenizer_folder)
     return prefix
+
+
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer with the special tokens of ChatML and Llama 3, and no chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(CHAT_TOKENS)})
+    folder = tmp_path_factory.mktemp("chat") / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -160,11 +160,11 @@ def test_the_section_by_name_in_yaml_and_back(make_run: MakeRun, tmp_path: Path)
     again = make_run()
     apply_yaml(again, tmp_path / "run.yaml")
     assert again.peft == cfg.peft
+    apply_overrides(again, ["peft=null"])
+    assert again.peft is None
     (tmp_path / "short.yaml").write_text("peft: {name: lora, dim: 4}\n")
     apply_yaml(again, tmp_path / "short.yaml")
     assert again.peft == LoRA(dim=4)
-    apply_overrides(again, ["peft=null"])
-    assert again.peft is None
 
 
 @pytest.mark.parametrize(

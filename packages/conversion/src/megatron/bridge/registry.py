@@ -23,7 +23,9 @@ GROUPS: Mapping[str, str] = {
     "megatron.bridge.model_bridges": "megatron-bridge-models",
     "megatron.bridge.layer_specs": "megatron-bridge-models",
     "megatron.bridge.peft": "megatron-bridge-peft",
+    "megatron.bridge.dataset_formats": "megatron-bridge-data",
     "megatron.bridge.datasets": "megatron-bridge-data",
+    "megatron.bridge.prompt_templates": "megatron-bridge-data",
     "megatron.bridge.recipes": "megatron-bridge-recipes",
     "megatron.bridge.commands": "megatron-bridge-training",
 }

@@ -1,11 +1,14 @@
 """Which part of a sequence a context-parallel rank holds, as Megatron-Core divides it.
 
 A sequence is cut into 2 x CP chunks, and rank r holds the chunks r and 2 x CP - 1 - r: with causal attention, that is
-the same work on every rank.
+the same work on every rank. Of a packed sequence, each document is cut so by itself.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from megatron.bridge.errors import BridgeError
 
 if TYPE_CHECKING:
     import torch
@@ -34,3 +37,35 @@ def in_order(parts: "Sequence[torch.Tensor]", axis: int) -> "torch.Tensor":
         for place, half in zip(chunks_of(rank, len(parts)), part.chunk(2, axis), strict=True)
     }
     return torch.cat([placed[place] for place in range(2 * len(parts))], axis)
+
+
+def packed_rows_of_rank(bounds: Sequence[int], rank: int, size: int) -> "torch.Tensor":
+    """Which rows of a packed sequence `rank` of `size` holds, in its order: its two chunks of each document.
+
+    Args:
+        bounds: where each document begins, and where the last one ends, `[documents + 1]`.
+        rank: of this part.
+        size: number of parts.
+
+    Raises:
+        BridgeError: a document cannot be cut into 2 x `size` chunks.
+    """
+    import torch
+
+    rows = []
+    for start, stop in itertools.pairwise(bounds):
+        chunk, left = divmod(stop - start, 2 * size)
+        if left:
+            raise BridgeError(
+                f"a packed document of {stop - start} tokens cannot be cut into 2 x context_parallel_size={size} "
+                f"chunks; fill documents up to a multiple of {2 * size}"
+            )
+        rows += [torch.arange(chunk) + start + place * chunk for place in chunks_of(rank, size)]
+    return torch.cat(rows)
+
+
+def packed_in_order(bounds: Sequence[int], size: int) -> "torch.Tensor":
+    """Where, in the parts of all ranks one after another, each row of the packed sequence stands."""
+    import torch
+
+    return torch.argsort(torch.cat([packed_rows_of_rank(bounds, rank, size) for rank in range(size)]))

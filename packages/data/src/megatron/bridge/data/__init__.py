@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron.bridge.data.datasets.gpt import GPTDatasetConfig as GPTDatasetConfig
     from megatron.bridge.data.datasets.mock import MockGPTDatasetConfig as MockGPTDatasetConfig
+    from megatron.bridge.data.datasets.sft import SFTDatasetConfig as SFTDatasetConfig
+    from megatron.bridge.data.datasets.text import TextDatasetConfig as TextDatasetConfig
     from megatron.bridge.data.loaders import build_data_iterator as build_data_iterator
     from megatron.bridge.data.preprocess import preprocess_corpus as preprocess_corpus
     from megatron.bridge.data.provider import DatasetBuildContext as DatasetBuildContext
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "GPTDatasetConfig": "datasets.gpt",
     "MockGPTDatasetConfig": "datasets.mock",
+    "TextDatasetConfig": "datasets.text",
+    "SFTDatasetConfig": "datasets.sft",
     "build_data_iterator": "loaders",
     "preprocess_corpus": "preprocess",
     "DatasetBuildContext": "provider",

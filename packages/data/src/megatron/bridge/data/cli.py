@@ -5,12 +5,17 @@ from pathlib import Path
 
 import click
 
+from megatron.bridge.data.instruction.commands import inspect, prepare
 from megatron.bridge.data.preprocess.sources import DOCUMENT_KINDS
 
 
 @click.group()
 def data() -> None:
-    """Prepare training data."""
+    """Prepare training data, and look at them."""
+
+
+data.add_command(inspect)
+data.add_command(prepare)
 
 
 @data.command()
@@ -18,7 +23,7 @@ def data() -> None:
 @click.option("--output", "-o", required=True, metavar="PREFIX", help="Write PREFIX.bin, PREFIX.idx and PREFIX.json.")
 @click.option("--tokenizer", "-t", required=True, metavar="FOLDER", help="Hugging Face folder or hub id.")
 @click.option("--glob", "globs", multiple=True, help="Files of a folder to read, e.g. '**/*.py'; may be repeated.")
-@click.option("--json-key", default="text", show_default=True, help="Key of the text in each JSONL object.")
+@click.option("--json-key", default="text", show_default=True, help="Key of the text in JSONL, or its column.")
 @click.option(
     "--document",
     default="file",
@@ -44,7 +49,8 @@ def preprocess(
 ) -> None:
     """Tokenize text for pretraining.
 
-    INPUT is a text file, a .jsonl file (either also as .gz) or a folder of them.
+    INPUT is a text file, a .jsonl file (either also as .gz), a .parquet file, a folder of them, or a Hugging Face
+    dataset on disk.
     """
     from megatron.bridge.data.preprocess.corpus import preprocess_corpus
     from megatron.bridge.data.preprocess.progress import progress_bar

@@ -6,6 +6,7 @@ Step `k` of a run draws samples `[k * global_batch_size, (k + 1) * global_batch_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def build_data_iterator(
     num_workers: int = 0,
     seed: int = 1234,
     pin_memory: bool = False,
-) -> Iterator[dict[str, Tensor]]:
+) -> MicroBatches:
     """This rank's micro-batches: dicts of `tokens`, `labels`, `loss_mask`, `position_ids`, each [micro_batch, seq].
 
     `attention_mask`, [micro_batch, 1, seq, seq], is there when the dataset makes one.
@@ -95,14 +96,50 @@ def build_data_iterator(
         collate_fn=_collate,
         generator=torch.Generator().manual_seed(seed),
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_rank,
     )
-    return _until_exhausted(loader, num_samples, consumed_samples, global_batch_size)
+    return MicroBatches(sampler, _until_exhausted(loader, num_samples, sampler, global_batch_size))
+
+
+class MicroBatches(Iterator["dict[str, Tensor]"]):
+    """The micro-batches of one rank; knows how far it has got, whatever workers have loaded ahead."""
+
+    def __init__(self, sampler: MicroBatchSampler, batches: Iterator[dict[str, Tensor]]) -> None:
+        self._sampler, self._batches, self._drawn = sampler, batches, 0
+
+    def __next__(self) -> dict[str, Tensor]:
+        batch = next(self._batches)
+        self._drawn += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """`consumed_samples`: those that all ranks have drawn together when each has drawn as many as this one."""
+        return {"consumed_samples": self._sampler.consumed_samples + self._drawn * self._sampler.stride}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a state, of any number of ranks; only before the first batch.
+
+        Raises:
+            BridgeError: batches have been drawn already.
+        """
+        if self._drawn:
+            raise BridgeError(
+                f"{self._drawn} micro-batches have been drawn already; load the state before the first one"
+            )
+        self._sampler.consumed_samples = state["consumed_samples"]
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The rank finishes its step and saves, and for that
+    # it needs its workers; it can still end them itself.
+    os.setpgid(0, 0)
 
 
 def _until_exhausted(
-    loader: DataLoader[Any], found: int, consumed: int, global_batch_size: int
+    loader: DataLoader[Any], found: int, sampler: MicroBatchSampler, global_batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     yield from loader
+    consumed = sampler.consumed_samples
     steps = max(found - consumed, 0) // global_batch_size
     asked = consumed + (steps + 1) * global_batch_size
     raise OutOfSamples(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.registry import Registry
@@ -29,12 +29,15 @@ class DatasetBuildContext:
         train_samples, valid_samples, test_samples: how many samples the run will draw from each split; 0 means that
             the split is not wanted, None means one whole pass over it.
         tokenizer: the run's tokenizer, or None when the data are not text.
+        document_multiple: what the length of a document in a packed sample must be a multiple of: twice the number of
+            ranks that share a sequence, 1 where none do.
     """
 
     train_samples: int | None = None
     valid_samples: int | None = 0
     test_samples: int | None = 0
     tokenizer: Tokenizer | None = None
+    document_multiple: int = 1
 
     @property
     def samples(self) -> tuple[int | None, int | None, int | None]:
@@ -48,9 +51,12 @@ class DatasetProvider(ABC):
 
     Attributes:
         num_workers: processes that load samples ahead of the training step; 0 loads in the training process.
+        dataloader_type: `single` draws training samples in the dataset's own order, once; `cyclic` draws them in an
+            order that `rng.seed` decides anew for every pass, for as long as the run lasts.
     """
 
     num_workers: int = 0
+    dataloader_type: Literal["single", "cyclic"] = "single"
 
     def validate(self, context: DatasetBuildContext) -> None:
         """Refuse what cannot work, before a model is built. Cheap; no collective; needs no torch.

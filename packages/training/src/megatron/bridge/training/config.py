@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig
 
     from megatron.bridge.data.datasets.gpt import GPTDatasetConfig
+    from megatron.bridge.data.datasets.sft import SFTDatasetConfig
 
 _LAZY = {
     "DistributedDataParallelConfig": "megatron.core.distributed",
     "OptimizerConfig": "megatron.core.optimizer",
     "GPTDatasetConfig": "megatron.bridge.data.datasets.gpt",
+    "SFTDatasetConfig": "megatron.bridge.data.datasets.sft",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "MixedPrecisionConfig",
     "OptimizerConfig",
     "RNGConfig",
+    "SFTDatasetConfig",
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainingConfig",
@@ -215,7 +218,7 @@ class ConfigContainer:
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
-    peft: Any = field(default=None, metadata={"registry": "megatron.bridge.peft:PEFT_METHODS"})
+    peft: Any = None
 
     def validate(self, world_size: int | None = None, sight: Sight = EVERYTHING) -> None:
         """Refuse what cannot run, before anything is built; all problems are reported at once.

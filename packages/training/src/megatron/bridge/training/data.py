@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.data.epochs import Reshuffled
 from megatron.bridge.data.loaders import build_data_iterator
 from megatron.bridge.training.validation import dataset_context, run_tokenizer
 
@@ -18,7 +19,11 @@ def build_datasets(cfg: "ConfigContainer") -> tuple[Any, Any]:
     if getattr(cfg.dataset, "sequence_length", 0) is None:
         cfg.dataset.sequence_length = cfg.model.seq_length  # type: ignore[attr-defined]
     train, valid, _ = cfg.dataset.build_train_valid_test_datasets(dataset_context(cfg, tokenizer))
-    return train, valid
+    return _in_order(cfg, train), valid
+
+
+def _in_order(cfg: "ConfigContainer", train: Any) -> Any:
+    return Reshuffled(train, cfg.rng.seed) if cfg.dataset.dataloader_type == "cyclic" else train
 
 
 def batches_per_chunk(cfg: "ConfigContainer", dataset: Any, num_chunks: int, consumed_samples: int) -> list["Batches"]:
@@ -26,6 +31,8 @@ def batches_per_chunk(cfg: "ConfigContainer", dataset: Any, num_chunks: int, con
     from megatron.core import parallel_state
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    # Attention on every stage asks where the documents of a packed sample begin.
+    ends = ends or getattr(dataset, "packed", False)
     return [
         build_data_iterator(
             dataset,

@@ -20,7 +20,8 @@ def forward_step(
     Args:
         state: the run.
         data_iterator: yields dicts of `tokens`, `labels`, `loss_mask`, `position_ids` [micro batch, sequence] and
-            perhaps `attention_mask`; None on pipeline stages that need no data.
+            perhaps `attention_mask`; of packed samples `cu_seqlens` [1, documents + 1] too, and one sample at a time.
+            None on pipeline stages that need no data.
         model: the chunk.
 
     Returns:
@@ -32,11 +33,14 @@ def forward_step(
     if data_iterator is None:
         return model(None, None, None, labels=None), _no_loss
     batch = {name: value.to(device(), non_blocking=True) for name, value in next(data_iterator).items()}
-    batch = on_this_context_rank(batch)
+    bounds = batch.pop("cu_seqlens", None)
+    batch = on_this_context_rank(batch, bounds)
+    further = {} if bounds is None else {"packed_seq_params": packed_documents(bounds)}
     # Prediction layers add up their losses by themselves.
-    masked = {"loss_mask": batch["loss_mask"]} if getattr(state.cfg.model, "mtp_num_layers", None) else {}
+    if getattr(state.cfg.model, "mtp_num_layers", None):
+        further["loss_mask"] = batch["loss_mask"]
     inputs = batch["tokens"], batch["position_ids"], batch.get("attention_mask")
-    output = model(*inputs, labels=batch["labels"], **masked)
+    output = model(*inputs, labels=batch["labels"], **further)
     divided = context_ranks() > 1 and not state.cfg.model.calculate_per_token_loss
     return output, partial(context_parallel_loss if divided else masked_loss, batch["loss_mask"])
 
@@ -48,14 +52,35 @@ def context_ranks() -> int:
     return int(parallel_state.get_context_parallel_world_size())
 
 
-def on_this_context_rank(batch: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """The part of a batch that this context-parallel rank holds: all of it without context parallelism."""
+def packed_documents(bounds: "Tensor") -> Any:
+    """Megatron-Core's parameters of a packed sample from its `cu_seqlens` [1, documents + 1]."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = bounds[0]
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def on_this_context_rank(batch: dict[str, "Tensor"], bounds: "Tensor | None" = None) -> dict[str, "Tensor"]:
+    """The part of a batch that this context-parallel rank holds: all of it without context parallelism.
+
+    Args:
+        batch: each [micro batch, sequence].
+        bounds: of packed samples: `cu_seqlens` [1, documents + 1]; each document is then divided by itself.
+    """
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     if context_ranks() == 1:
         return batch
     group = parallel_state.get_context_parallel_group()
+    if bounds is not None:
+        from megatron.bridge.conversion.context_chunks import packed_rows_of_rank
+
+        rows = packed_rows_of_rank(bounds[0].tolist(), group.rank(), group.size()).to(bounds.device)
+        return {name: value.index_select(1, rows) for name, value in batch.items()}
     part: dict[str, Tensor] = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return part
 

@@ -12,7 +12,7 @@ import yaml
 
 from megatron.bridge.errors import did_you_mean
 from megatron.bridge.training.field_types import annotations_of, checked, checked_text, parse_yaml
-from megatron.bridge.training.section_choice import NAME, chosen, registry_of
+from megatron.bridge.training.section_choice import CHOICES, choose, restored_on_error
 from megatron.bridge.training.validation import ConfigError, report
 
 # A key of run_config.yaml that says which class a section has.
@@ -24,18 +24,24 @@ type _Change = tuple[Any, str, Any]
 def apply_overrides(cfg: Any, overrides: Iterable[str]) -> None:
     """Set fields of `cfg` from `section.field=value` texts; nothing is set unless all of them are right.
 
+    A section that is offered by name is chosen by it, with what was set of the fields that both classes have:
+    `dataset=text`.
+
     Raises:
         ConfigError: every unknown key (with the nearest known one), wrong type and malformed override.
     """
     problems: list[str] = []
     changes: list[_Change] = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            problems.append(f"{override!r} is no override; write key=value, e.g. train.train_iters=10")
-            continue
-        _collect(cfg, key.strip(), checked_text, text, changes, problems)
-    _apply(changes, problems, "the overrides cannot be applied")
+    with restored_on_error(cfg):
+        for override in overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                problems.append(f"{override!r} is no override; write key=value, e.g. train.train_iters=10")
+            elif key.strip() in CHOICES:
+                _choose(cfg, key.strip(), text.strip(), problems)
+            else:
+                _collect(cfg, key.strip(), checked_text, text, changes, problems)
+        _apply(changes, problems, "the overrides cannot be applied")
 
 
 def apply_yaml(cfg: Any, path: str | Path) -> None:
@@ -47,12 +53,15 @@ def apply_yaml(cfg: Any, path: str | Path) -> None:
     content = read_sections(path)
     problems: list[str] = []
     changes: list[_Change] = []
-    for key, value in _leaves(cfg, content):
-        if key.endswith(CLASS_KEY):
-            problems += _class_problem(cfg, key.removesuffix(CLASS_KEY).rstrip("."), value)
-        else:
-            _collect(cfg, key, checked, value, changes, problems)
-    _apply(changes, problems, f"the configuration file {str(path)!r} cannot be applied")
+    with restored_on_error(cfg):
+        for key, value in _leaves(cfg, content):
+            if key.endswith(CLASS_KEY):
+                problems += _class_problem(cfg, key.removesuffix(CLASS_KEY).rstrip("."), value)
+            elif key in CHOICES:
+                _choose(cfg, key, str(value), problems)
+            else:
+                _collect(cfg, key, checked, value, changes, problems)
+        _apply(changes, problems, f"the configuration file {str(path)!r} cannot be applied")
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:
@@ -79,15 +88,14 @@ def _leaves(section: Any, content: dict[Any, Any], prefix: str = "") -> Iterator
     """`(dotted key, value)` for all that a nested mapping sets; mappings go down only where there is a section."""
     for name, value in content.items():
         child = getattr(section, str(name), None)
-        if isinstance(value, dict) and dataclasses.is_dataclass(child) and not _chooses(section, str(name), value):
+        is_choice = isinstance(value, dict) and f"{prefix}{name}" in CHOICES
+        if is_choice and "name" in value:
+            yield f"{prefix}{name}", value["name"]
+            value = {key: each for key, each in value.items() if key != "name"}  # noqa: PLW2901
+        if isinstance(value, dict) and (dataclasses.is_dataclass(child) or is_choice):
             yield from _leaves(child, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _chooses(section: Any, name: str, value: dict[Any, Any]) -> bool:
-    """Whether a mapping says which class a section is to have."""
-    return bool({NAME, CLASS_KEY} & value.keys()) and registry_of(section, name) is not None
 
 
 def _collect(
@@ -99,15 +107,13 @@ def _collect(
         if section not in annotations_of(type(owner)):
             problems.append(_unknown(cfg, key, owner, section, ".".join(sections[:depth])))
             return
-        owner = _pending(owner, section, changes)
+        owner = getattr(owner, section)
         if not dataclasses.is_dataclass(owner):
             problems.append(f"{key!r}: {'.'.join(sections[: depth + 1])} is {owner!r}, which has no fields")
             return
     annotations = annotations_of(type(owner))
     if name not in annotations:
         problems.append(_unknown(cfg, key, owner, name, ".".join(sections)))
-    elif (registry := registry_of(owner, name)) is not None:
-        _choose(cfg, key, owner, registry, read, value, changes, problems)
     elif dataclasses.is_dataclass(getattr(owner, name)):
         problems.append(f"{key!r} is a section; set one of its fields, e.g. {_example(key, getattr(owner, name))}")
     else:
@@ -115,33 +121,6 @@ def _collect(
             changes.append((owner, name, read(annotations[name], value)))
         except ValueError as error:
             problems.append(f"{key}: {error}")
-
-
-def _pending(owner: Any, name: str, changes: list[_Change]) -> Any:
-    """A section as it will be: one that is chosen in the same breath has its fields set by what follows."""
-    chosen_now = [value for changed, field, value in changes if changed is owner and field == name]
-    return chosen_now[-1] if chosen_now else getattr(owner, name)
-
-
-def _choose(
-    cfg: Any,
-    key: str,
-    owner: Any,
-    registry: Any,
-    read: Callable[[Any, Any], Any],
-    value: Any,
-    changes: list[_Change],
-    problems: list[str],
-) -> None:
-    """A section whose class is chosen by name, and its fields where a mapping gives them too."""
-    try:
-        section, settings = chosen(registry, value, CLASS_KEY)
-    except ValueError as error:
-        problems.append(f"{key}: {error}")
-        return
-    changes.append((owner, key.rpartition(".")[2], section))
-    for name, setting in settings.items():
-        _collect(cfg, f"{key}.{name}", read, setting, changes, problems)
 
 
 def _example(key: str, section: Any) -> str:
@@ -163,6 +142,13 @@ def _unknown(cfg: Any, key: str, owner: Any, name: str, path: str) -> str:
     return f"unknown key {key!r}: {where} has no field {name!r}{near}"
 
 
+def _choose(cfg: Any, section: str, name: str, problems: list[str], *, keep: bool = True) -> None:
+    try:
+        choose(cfg, section, name, keep=keep)
+    except ValueError as error:
+        problems.append(f"{section}: {error}")
+
+
 def _class_problem(cfg: Any, path: str, expected: Any) -> list[str]:
     section = cfg
     for name in filter(None, path.split(".")):
@@ -170,6 +156,11 @@ def _class_problem(cfg: Any, path: str, expected: Any) -> list[str]:
     found = class_name(section)
     if found == expected:
         return []
+    offered = {offer.target: offer.name for offer in CHOICES[path].offers()} if path in CHOICES else {}
+    if expected in offered:
+        problems: list[str] = []
+        _choose(cfg, path, offered[expected], problems, keep=False)
+        return problems
     return [f"{path or 'the configuration'} is a {found} here, the file was written for a {expected}"]
 
 

@@ -1,50 +1,66 @@
-"""Sections whose class is chosen by a name: `peft=lora`, or `peft: {name: lora, dim: 8}` in YAML."""
+"""Sections that are chosen by name: `dataset=text` puts another class in the place of the recipe's. Torch-free."""
 
+import contextlib
 import dataclasses
-import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron.bridge.data.provider import DATASETS
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft import PEFT_METHODS
+from megatron.bridge.registry import Registry
 
-# Key of a field's metadata: `module:attribute` of the registry that its classes are found in.
-REGISTRY = "registry"
-NAME = "name"
-
-
-def registry_of(owner: Any, name: str) -> Any:
-    """The registry that a field's classes come from, None for a field of another kind."""
-    for field in dataclasses.fields(owner):
-        if field.name == name and REGISTRY in field.metadata:
-            module, _, attribute = field.metadata[REGISTRY].partition(":")
-            return getattr(importlib.import_module(module), attribute)
-    return None
+# Section -> what is offered for it.
+CHOICES: Mapping[str, Registry[Any]] = {"dataset": DATASETS, "peft": PEFT_METHODS}
+# What stands for no section, where there may be none.
+_NONE = ("null", "None")
 
 
-def chosen(registry: Any, value: Any, class_key: str) -> tuple[Any, dict[str, Any]]:
-    """A new section, and the fields that are to be set on it.
+def choose(cfg: Any, section: str, name: str, *, keep: bool = True) -> None:
+    """Put the class that is offered as `name` into `section`.
 
     Args:
-        registry: that knows the names.
-        value: a name, or a mapping with a name or a class (`module:Class`) and fields; None for no section.
-        class_key: the key that gives a class.
+        cfg: is changed.
+        section: one of `CHOICES`.
+        name: of the class.
+        keep: what was set of the fields that both classes have; otherwise only what the new one cannot do without.
 
     Raises:
-        ValueError: neither, or nothing of that name.
+        ValueError: nobody offers the name, or the class cannot be made of these fields.
     """
-    if value is None or value == "null":
-        return None, {}
-    fields = {} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else None
-    if fields is None:
-        raise ValueError(f"expected a name ({', '.join(sorted(registry))}) or fields with a name, not {value!r}")
-    name, target = fields.pop(NAME, None), fields.pop(class_key, None)
+    from megatron.bridge.training.run_config import is_default
+
+    if section == "peft" and name in _NONE:
+        setattr(cfg, section, None)
+        return
     try:
-        if target is not None:
-            module, _, attribute = str(target).partition(":")
-            return getattr(importlib.import_module(module), attribute)(), fields
-        wanted = value if isinstance(value, str) else name
-        if wanted is None:
-            raise ValueError(f"needs a name: {', '.join(sorted(registry))}")
-        return registry[wanted](), fields
-    except (BridgeError, ImportError, AttributeError) as error:
-        raise ValueError(str(error)) from None
+        chosen = CHOICES[section][name]
+    except BridgeError as error:
+        raise ValueError(str(error)) from error
+    old = getattr(cfg, section)
+    known = {field.name for field in dataclasses.fields(chosen) if field.init and (keep or _needed(field))}
+    kept = {
+        field.name: getattr(old, field.name)
+        for field in (() if old is None else dataclasses.fields(old))
+        if field.name in known and not is_default(field, getattr(old, field.name))
+    }
+    try:
+        setattr(cfg, section, chosen(**kept))
+    except TypeError as error:
+        raise ValueError(f"{name!r} cannot be made of what is set: {error}; it can be set in Python") from error
+
+
+def _needed(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@contextlib.contextmanager
+def restored_on_error(cfg: Any) -> Iterator[None]:
+    """Within the block sections may be replaced; after an error they are those that were there before."""
+    before = {name: getattr(cfg, name) for name in CHOICES if hasattr(cfg, name)}
+    try:
+        yield
+    except BaseException:
+        for name, section in before.items():
+            setattr(cfg, name, section)
+        raise

@@ -59,6 +59,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, _num_microbatches(cfg), [], valid_set)
     run.callbacks = Callbacks(callbacks)
+    run.notices += getattr(train_set, "notices", ())
     connect(model, optimizer)
     if cfg.checkpoint.load is not None:
         restore(run)

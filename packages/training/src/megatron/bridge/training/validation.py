@@ -63,8 +63,17 @@ def dataset_context(cfg: "ConfigContainer", tokenizer: Tokenizer) -> DatasetBuil
     train = cfg.train
     evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else 0
     return DatasetBuildContext(
-        train_samples=train.train_iters * train.global_batch_size, valid_samples=evaluated, tokenizer=tokenizer
+        train_samples=train.train_iters * train.global_batch_size,
+        valid_samples=evaluated,
+        tokenizer=tokenizer,
+        document_multiple=chunks_of_sequence(cfg.model),
     )
+
+
+def chunks_of_sequence(model: Any) -> int:
+    """Into how many chunks context-parallel ranks cut a sequence: two for each rank, 1 without them."""
+    context = int(getattr(model, "context_parallel_size", 1))
+    return 2 * context if context > 1 else 1
 
 
 def run_tokenizer(cfg: "ConfigContainer") -> Tokenizer:
@@ -151,7 +160,7 @@ def _sequence_parts(model: Any) -> Iterator[str]:
     """Context-parallel ranks hold two chunks of every sequence each; under SP, tensor-parallel ranks divide those."""
     context = getattr(model, "context_parallel_size", 1)
     tensor = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    chunks = 2 * context if context > 1 else 1
+    chunks = chunks_of_sequence(model)
     if chunks > 0 and tensor > 0 and (model.seq_length % chunks or model.seq_length // max(context, 1) % tensor):
         named = [f"2 x model.context_parallel_size={context}"] if context > 1 else []
         named += [f"model.tensor_model_parallel_size={tensor} (sequence_parallel)"] if tensor > 1 else []
@@ -245,10 +254,25 @@ def _data(cfg: "ConfigContainer") -> Iterator[str]:
     known, embedded = cfg.tokenizer.vocab_size, cfg.model.vocab_size
     if known is not None and embedded is not None and known > embedded:
         yield f"tokenizer.vocab_size={known} is larger than model.vocab_size={embedded}: ids would have no embedding"
+    if getattr(cfg.dataset, "packing", False):
+        yield from _packing(cfg)
     try:
         cfg.dataset.validate(dataset_context(cfg, run_tokenizer(cfg)))
     except BridgeError as error:
         yield str(error)
+
+
+def _packing(cfg: "ConfigContainer") -> Iterator[str]:
+    model = cfg.model
+    if cfg.train.micro_batch_size != 1:
+        yield (
+            f"dataset.packing=true takes train.micro_batch_size=1, not {cfg.train.micro_batch_size}; set it, and "
+            "raise dataset.sequence_length and model.seq_length instead"
+        )
+    if getattr(model, "mtp_num_layers", None):
+        yield "dataset.packing=true does not go with prediction layers; set model.mtp_num_layers=null or packing=false"
+    if getattr(model, "layer_spec", None) == "local":
+        yield "dataset.packing=true needs model.layer_spec 'torch' or 'transformer_engine'; 'local' cannot attend so"
 
 
 def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:

@@ -32,11 +32,12 @@ def preprocess_corpus(
     The result does not depend on `workers`. On any failure nothing is left behind.
 
     Args:
-        inputs: text files, JSONL files (`.jsonl`, `.ndjson`), either also as `.gz`, and folders of them.
+        inputs: text files, JSONL files (`.jsonl`, `.ndjson`), either also as `.gz`, Parquet files, folders of them, and
+            Hugging Face datasets on disk.
         output: prefix of the three files.
         tokenizer: Hugging Face folder or hub id; its eos_token ends every document.
-        globs: which files of a folder; by default `.txt`, `.jsonl` and `.jsonl.gz` at any depth.
-        json_key: key of the text in each JSON object.
+        globs: which files of a folder; by default `.txt`, `.jsonl`, `.jsonl.gz` and `.parquet` at any depth.
+        json_key: key of the text in each JSON object, or its column.
         document: what a document of a text file is: `file`, `paragraph` or `line`.
         workers: processes that tokenize.
         overwrite: replace existing output.
@@ -50,7 +51,7 @@ def preprocess_corpus(
     check_output(prefix, overwrite)
     files = find_files(inputs, globs)
     fast = load_fast_tokenizer(tokenizer, trust_remote_code)
-    batches = encode_batches(read_batches(files, document), fast, json_key, workers)
+    batches = encode_batches(read_batches(files, document, json_key), fast, json_key, workers)
     with staged_output(prefix) as staged:
         try:
             sidecar = _write(batches, staged, fast, inputs, files, report or _unreported)

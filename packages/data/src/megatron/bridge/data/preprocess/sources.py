@@ -11,9 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron.bridge.data.arrow_files import ARROW_SUFFIXES, column, saved_dataset_files
 from megatron.bridge.errors import BridgeError, did_you_mean
 
-DEFAULT_GLOBS = ("**/*.txt", "**/*.jsonl", "**/*.jsonl.gz")
+DEFAULT_GLOBS = ("**/*.txt", "**/*.jsonl", "**/*.jsonl.gz", "**/*.parquet")
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 2048
@@ -54,20 +55,22 @@ def find_files(inputs: Sequence[str | Path], globs: Sequence[str] = ()) -> list[
         raise BridgeError(f"--glob {globs[0]!r} selects files of a folder, but no folder is given")
     files: list[Path] = []
     for entry in map(Path, inputs):
-        files += _files_of_folder(entry, globs or DEFAULT_GLOBS) if entry.is_dir() else [_checked_file(entry)]
+        files += _files_of_folder(entry, globs) if entry.is_dir() else [_checked_file(entry)]
     twice = [path for path, count in Counter(path.resolve() for path in files).items() if count > 1]
     if twice:
         raise BridgeError(f"{str(twice[0])!r} is given twice; its text would count double")
     return files
 
 
-def read_batches(files: Sequence[Path], document: str = "file") -> Iterator[RawBatch]:
+def read_batches(files: Sequence[Path], document: str = "file", text_key: str = "text") -> Iterator[RawBatch]:
     """Documents of all files, in batches of about half a megabyte.
 
     Args:
-        files: `.jsonl` or `.ndjson` hold one document per line; any other file is text. `.gz` is unpacked.
+        files: `.jsonl` or `.ndjson` hold one document per line, `.parquet` and `.arrow` one per row; any other file is
+            text. `.gz` is unpacked.
         document: what a document of a text file is: the whole `file`, a `paragraph` (divided by blank lines) or a
             `line`.
+        text_key: column of the text in `.parquet` and `.arrow`.
     """
     if document not in DOCUMENT_KINDS:
         raise BridgeError(
@@ -77,7 +80,7 @@ def read_batches(files: Sequence[Path], document: str = "file") -> Iterator[RawB
     batch, size = RawBatch(), 0
     for path in files:
         before = 0
-        for raw, position in _read_file(path, document):
+        for raw, position in _rows(path, text_key) if _in_columns(path) else _read_file(path, document):
             batch.documents.append(raw)
             size += len(raw.data)
             if size >= _BATCH_BYTES or len(batch.documents) >= _BATCH_DOCUMENTS:
@@ -86,6 +89,22 @@ def read_batches(files: Sequence[Path], document: str = "file") -> Iterator[RawB
                 batch, size, before = RawBatch(), 0, position
         batch.read_bytes += path.stat().st_size - before
     yield batch
+
+
+def _in_columns(path: Path) -> bool:
+    return path.suffix.lower() in ARROW_SUFFIXES
+
+
+def _rows(path: Path, text_key: str) -> Iterator[tuple[RawDocument, int]]:
+    """The texts of one column, each with the position on disk that the share of rows read comes to."""
+    size = path.stat().st_size
+    for number, (text, done) in enumerate(column(path, text_key), start=1):
+        if not isinstance(text, str | None):
+            raise BridgeError(
+                f"{path}: the column {text_key!r} holds {type(text).__name__} (row {number}), not text; "
+                "choose with --json-key"
+            )
+        yield RawDocument((text or "").encode(), str(path), number, is_json=False), int(done * size)
 
 
 def _read_file(path: Path, document: str) -> Iterator[tuple[RawDocument, int]]:
@@ -153,6 +172,9 @@ def _checked_file(path: Path) -> Path:
 
 
 def _files_of_folder(folder: Path, globs: Sequence[str]) -> list[Path]:
+    if not globs and (saved := saved_dataset_files(folder)) is not None:
+        return saved
+    globs = globs or DEFAULT_GLOBS
     files: set[Path] = set()
     for pattern in globs:
         try:

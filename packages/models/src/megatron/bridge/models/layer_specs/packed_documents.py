@@ -22,12 +22,9 @@ def document_spans(packed: PackedSeqParams, *, tokens: int) -> list[tuple[int, i
     Raises:
         BridgeError: there are no bounds, they do not ascend within the rows, or queries and keys have different ones.
     """
-    if packed.cu_seqlens_q is None:
-        raise BridgeError("packed_seq_params of a packed batch lack cu_seqlens_q, the documents' bounds")
+    starts = document_bounds(packed)
+    assert packed.cu_seqlens_q is not None
     bounds = packed.cu_seqlens_q.tolist()
-    for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
-        _refuse_other(name, getattr(packed, name), getattr(packed, name.replace("kv", "q")))
-    starts = bounds if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     spans = [(start, start + length) for start, length in zip(starts, lengths, strict=False)]
     edges = [0, *(edge for span in spans for edge in span), tokens]
@@ -37,6 +34,21 @@ def document_spans(packed: PackedSeqParams, *, tokens: int) -> list[tuple[int, i
             f"cu_seqlens_q={bounds}, starting at {starts}"
         )
     return [(start, stop) for start, stop in spans if stop > start]
+
+
+def document_bounds(packed: PackedSeqParams) -> list[int]:
+    """Where each document's room begins, and where the last one's ends, padding within a room included.
+
+    Raises:
+        BridgeError: there are no bounds, or queries and keys have different ones.
+    """
+    if packed.cu_seqlens_q is None:
+        raise BridgeError("packed_seq_params of a packed batch lack cu_seqlens_q, the documents' bounds")
+    for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded"):
+        _refuse_other(name, getattr(packed, name), getattr(packed, name.replace("kv", "q")))
+    rooms = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    bounds: list[int] = rooms.tolist()
+    return bounds
 
 
 def _refuse_other(name: str, keys: Tensor | None, queries: Tensor | None) -> None:

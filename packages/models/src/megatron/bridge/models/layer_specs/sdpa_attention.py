@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.causal_attention_cpu import blocked_causal_attention, fits
-from megatron.bridge.models.layer_specs.context_parallel import attend_from_chunks
-from megatron.bridge.models.layer_specs.packed_documents import document_spans
+from megatron.bridge.models.layer_specs.context_parallel import attend_from_chunks, attend_packed_from_chunks
+from megatron.bridge.models.layer_specs.packed_documents import document_bounds, document_spans
 
 # Mask types under which a query sees no later key.
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
@@ -90,10 +90,8 @@ class SDPAttention(MegatronModule):
             raise BridgeError("the layer spec 'torch' has no attention bias; use layer_spec='transformer_engine'")
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             if self.context_group is not None:
-                raise BridgeError(
-                    "packed documents have no context parallelism with the layer spec 'torch'; set "
-                    "context_parallel_size=1, or use layer_spec='transformer_engine'"
-                )
+                bounds = document_bounds(packed_seq_params)
+                return attend_packed_from_chunks(self._attend, query, key, value, bounds, self.context_group)
             return self._attend_packed(query, key, value, packed_seq_params)
         if self.context_group is not None:
             return attend_from_chunks(self._attend, query, key, value, attention_mask, self.context_group)

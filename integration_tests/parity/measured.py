@@ -1,0 +1,27 @@
+"""What one model's training differs by, at every layout that it has."""
+
+from pathlib import Path
+
+from parity.curves import Curve, Difference, at_layouts, in_plain_torch
+from parity.layouts import ONE
+from parity.models import Model
+from parity.page import PLAIN
+
+
+def measured(model: Model, folder: Path) -> dict[str, Difference | str]:
+    """Layout -> the difference from one rank, or why it is refused; `PLAIN` is the plain loop over transformers.
+
+    Args:
+        model: to train.
+        folder: to be made, for its weights.
+    """
+    model.save(folder)
+    curves = at_layouts(model, folder, model.layouts)
+    one = curves.pop(ONE)
+    assert isinstance(one, Curve), one
+    # A curve that does not move would be the same everywhere.
+    assert one.losses[-1] < one.losses[0] - 0.5, one.losses
+    found = {name: each if isinstance(each, str) else Difference.between(each, one) for name, each in curves.items()}
+    if not model.plain:
+        return found
+    return {PLAIN: Difference.between(one, in_plain_torch(model, folder)), **found}

@@ -1,0 +1,50 @@
+"""`docs/parity.md`, written from what was measured."""
+
+from collections.abc import Iterator, Mapping
+
+from parity.curves import STEPS, Difference
+from parity.layouts import DENSE, EXPERTS, ONE
+from parity.models import MODELS
+
+PLAIN = "transformers"
+type Results = Mapping[str, Mapping[str, Difference | str]]
+
+_HEAD = f"""\
+# Training parity
+
+Made by `just parity`, which trains tiny random models for {STEPS} steps in float32; not written by hand. Each figure is
+the largest difference from one rank with the same weights and samples: of the losses / of the gradient norms (both
+relative) / of any weight after the last step. In the first line one rank is compared with transformers' model in a
+plain loop with `torch.optim.AdamW`. The first {{tested}} models are part of every run of the tests, which allow 1e-5
+between layouts.
+
+`sp2` is TP2 with sequence parallelism; the other names are those of [the record](capabilities.md), `cp2` is
+`context_parallel_size=2`, `dp2` two replicas. Mixtures of experts train under tensor parallelism with sequence
+parallelism only (Megatron-Core's rule), and a balancing loss is a micro-batch's own, hence the empty cells.
+"""
+
+
+def page(results: Results, versions: str, tested: int) -> str:
+    """The page's text: a line for every layout, a column for every model."""
+    return "\n".join(_lines(results, versions, tested)) + "\n"
+
+
+def _lines(results: Results, versions: str, tested: int) -> Iterator[str]:
+    yield _HEAD.format(tested=tested)
+    names = [name for name in MODELS if name in results]
+    yield f"| layout | {' | '.join(names)} |"
+    yield "|---" * (len(names) + 1) + "|"
+    for layout in (PLAIN, *[name for name in {**DENSE, **EXPERTS} if name != ONE]):
+        cells = (_cell(results[name].get(layout)) for name in names)
+        yield f"| {layout} | {' | '.join(cells)} |"
+    refused = {(n, layout): why for n in names for layout, why in results[n].items() if isinstance(why, str)}
+    if refused:
+        yield "\nRefused:\n"
+        yield from (f"- {name}, {layout}: {' '.join(why.split())}" for (name, layout), why in refused.items())
+    yield f"\nMeasured with {versions}."
+
+
+def _cell(found: Difference | str | None) -> str:
+    if found is None:
+        return ""
+    return "refused" if isinstance(found, str) else f"{found.loss:.0e} / {found.norm:.0e} / {found.weight:.0e}"

@@ -1,0 +1,31 @@
+"""Every claimed layout trains as one rank does, and one rank trains as a plain torch loop over transformers does."""
+
+from pathlib import Path
+
+import pytest
+from parity.curves import Difference
+from parity.measured import measured
+from parity.models import MODELS, TESTED
+from parity.page import PLAIN
+
+PAGE = Path(__file__).parents[1] / "docs/parity.md"
+TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_a_model_trains_as_on_one_rank_at_every_layout(name: str, tmp_path: Path) -> None:
+    found = measured(TESTED[name], tmp_path / "hf")
+    assert found.keys() >= TESTED[name].layouts.keys() - {"single"}
+    refused = {layout: why for layout, why in found.items() if isinstance(why, str)}
+    assert not refused
+    for layout, each in found.items():
+        assert isinstance(each, Difference)
+        beyond = {what: getattr(each, what) for what, most in TOLERANCE.items() if getattr(each, what) > most}
+        assert not beyond, f"{layout}: {beyond}"
+
+
+def test_the_page_has_every_model_and_layout() -> None:
+    text = PAGE.read_text("utf-8")
+    assert "`just parity`" in text
+    assert all(name in text for name in MODELS)
+    assert all(f"| {layout} |" in text for model in MODELS.values() for layout in {*model.layouts, PLAIN} - {"single"})
