@@ -109,6 +109,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert run_ranks(ranks, work, timeout=200)[-1] == runs[layout]["losses"][4:]
 
 
+def test_adapters_load_at_another_layout(
+    make_run: MakeRun, initial_weights: Path, runs: dict[str, Any], tmp_path: Path
+) -> None:
+    def work(layout: dict[str, Any], steps: int, load: str | None) -> list[float]:
+        start = {"pretrained_checkpoint": str(initial_weights), "load": load, "save": str(tmp_path / f"to {steps}")}
+        cfg = make_run(layout, train_iters=steps, lr_decay_iters=40, **start)
+        cfg.peft = _method()
+        return list(pretrain(cfg, forward_step).losses.values())
+
+    run_ranks(2, work, TP | SP, 4, None, timeout=100)
+    losses = run_ranks(2, work, PP, STEPS, str(tmp_path / "to 4"), timeout=100)[1]
+    assert losses == pytest.approx(runs["one rank"]["losses"][4:], rel=1e-5)
+
+
 def test_lora_plus_gives_b_its_own_rate(make_run: MakeRun, initial_weights: Path) -> None:
     def work() -> dict[str, float]:
         cfg = make_run(train_iters=2, pretrained_checkpoint=str(initial_weights), lr_warmup_iters=0)

@@ -90,7 +90,7 @@ def attach(layer: Any, name: str, adapter: Adapter) -> torch.nn.Module:
         BridgeError: the layer has an adapter of this name already.
     """
     if not isinstance(layer, AdaptedLayer):
-        layer.__class__ = _adapted_class(type(layer))
+        layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]  # classes are hashable
         setattr(layer, ADAPTERS, torch.nn.ModuleDict())
         layer.merged_adapter = None
     if name in layer.adapters:

@@ -108,6 +108,7 @@ class PEFT(ABC):
                 let_gradients_through(chunk)
             else:
                 freeze(chunk)
+        self.applied(bound)
         self._report = BindingReport.of(type(self).__name__, bindings, bound)
         return bound if isinstance(model, Sequence) else bound[0]
 
@@ -125,6 +126,9 @@ class PEFT(ABC):
 
     def settle(self) -> None:  # noqa: B027  a method whose settings have one name each has nothing to do
         """Give settings that have several names their one value."""
+
+    def applied(self, chunks: "list[torch.nn.Module]") -> None:  # noqa: B027  most methods have nothing to do
+        """Called with the chunks when all that was to be changed has been."""
 
     def problems(self) -> "Iterator[str]":
         """What is wrong with the settings, each with its remedy; needs no model."""
@@ -185,7 +189,9 @@ class PEFT(ABC):
 
     def _refuse_unbound(self, bound: list[str], names: list[str]) -> None:
         wanted, kept = self.target_modules, self.exclude_modules
-        here = [len(bound)] + [sum(self._meets(pattern, name) for name in bound) for pattern in wanted]
+        # A target may be left out again as a whole; it has met something then.
+        met = bound + [name for name in names if any(self._meets(pattern, name) for pattern in kept)]
+        here = [len(bound)] + [sum(self._meets(pattern, name) for name in met) for pattern in wanted]
         here += [sum(self._meets(pattern, name) for name in names) for pattern in kept]
         total, *counts = counted_over_model_parallel_ranks(here)
         unmatched = [pattern for pattern, count in zip(wanted, counts, strict=False) if not count]

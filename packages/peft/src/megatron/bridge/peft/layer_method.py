@@ -55,6 +55,13 @@ class LayerMethod(PEFT):
         place = Place(full, division, self.hf_names(full), self.hf_rows(full))
         return attach(module, self.adapter_name, self.adapter(module, place))
 
+    def applied(self, chunks: "list[torch.nn.Module]") -> None:
+        """Let no other adapter take part, on layers either that this one is not on."""
+        from megatron.bridge.peft.adapted_layer import adapted_layers
+
+        for layer in adapted_layers(chunks):
+            layer.active = self.adapter_name if self.adapter_name in layer.adapters else None
+
     def names_router(self, full: str) -> bool:
         """Whether a router is asked for by name, not merely matched by a pattern."""
         return any(target.rpartition(".")[2] in ("router", "gate") for target in self.target_modules)
