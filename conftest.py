@@ -1,11 +1,15 @@
-"""How the tests run: one OpenMP thread in each process, and the whole suite on every core."""
+"""How the tests run: one OpenMP thread in each process, the whole suite on every core, and no test by the clock."""
 
 import os
 
+import hypothesis
 import pytest
 
 # Ranks are forked from the test process, and OpenMP does not survive that with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Examples take longer on a busy machine.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 _MOST_WORKERS = 8
 
 

@@ -101,7 +101,7 @@ def test_every_pass_has_an_order_of_its_own_and_any_sample_can_be_the_first(
     tokenizer: Tokenizer, write: Callable[..., str]
 ) -> None:
     path = write(rows(20))
-    train, valid, _ = build(config(path), context(tokenizer, train=50, valid=8))
+    train, valid, _ = build(config(path), context(tokenizer, train=50, valid=9))
     first, second, third = (
         [train[at]["tokens"].tolist() for at in span] for span in (range(16), range(16, 32), range(32, 50))
     )
@@ -109,12 +109,13 @@ def test_every_pass_has_an_order_of_its_own_and_any_sample_can_be_the_first(
     assert sorted(first) == sorted(second)
     assert len(third) == 18
     assert [valid[at]["tokens"].tolist() for at in range(4)] == [valid[at]["tokens"].tolist() for at in range(4, 8)]
+    assert not valid[8]["loss_mask"].any()  # beyond whole passes nothing counts
     with pytest.raises(IndexError):
         train[50]
     # Asked for more, in another order of asking: the same samples. Another seed: others.
-    again, _, _ = build(config(path), context(tokenizer, train=500, valid=8))
+    again, _, _ = build(config(path), context(tokenizer, train=500, valid=9))
     assert [again[at]["tokens"].tolist() for at in range(49, 15, -1)][::-1] == second + third
-    other, _, _ = build(config(path, random_seed=5), context(tokenizer, train=50, valid=8))
+    other, _, _ = build(config(path, random_seed=5), context(tokenizer, train=50, valid=9))
     assert [other[at]["tokens"].tolist() for at in range(16)] != first
 
 

@@ -67,7 +67,7 @@ def test_the_schema_knows_the_keys_and_their_types(recipe: str) -> None:
     schema = json.loads(run("schema", "--recipe", recipe).output)
     train = schema["properties"]["train"]
     assert train["additionalProperties"] is False
-    assert train["properties"]["train_iters"] == {"type": "integer", "default": 20, "description": "int"}
+    assert train["properties"]["global_batch_size"] == {"type": "integer", "default": 8, "description": "int"}
     style = schema["properties"]["scheduler"]["properties"]["lr_decay_style"]
     assert "WSD" in style["enum"]
     assert schema["properties"]["model"]["properties"]["params_dtype"]["default"] == "float32"

@@ -15,6 +15,7 @@ from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.loggers import LOGGERS, MetricLogger
 from megatron.bridge.training.loggers.jsonl import METRICS_FILE
+from megatron.bridge.training.phases import PHASES
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.validation import ConfigError
 
@@ -68,7 +69,8 @@ def test_a_logger_of_another_package_goes_on_after_a_resume(make_run: Callable[.
     run_ranks(2, pretrain, make_run(train_iters=2, **settings), forward_step)
     run_ranks(1, pretrain, make_run(train_iters=3, load=str(tmp_path / "run"), **settings), forward_step)
     records = read(told)
-    metrics = ["grad_norm", "learning_rate", "loss", "tokens_per_second"]
+    metrics = ["grad_norm", "learning_rate", "loss", "tokens_per_second", "step_seconds", "tflops_per_device"]
+    metrics = sorted([*metrics, "memory_gib", *(f"{phase}_seconds" for phase in PHASES)])
     assert [record for record in records if isinstance(record, list)] == [
         [1, 1, *metrics],
         [1, 2, *metrics],

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from megatron.bridge.testing import RankFailed, run_ranks
+from megatron.bridge.training.fault_tolerance import NotFinite
 from megatron.bridge.training.gpt_step import forward_step, masked_loss
 from megatron.bridge.training.loggers.jsonl import METRICS_FILE
 from megatron.bridge.training.pretrain import pretrain
-from megatron.bridge.training.step import NotFinite
 from megatron.bridge.training.validation import ConfigError
 
 

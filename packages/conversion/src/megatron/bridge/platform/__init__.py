@@ -5,7 +5,15 @@ layer (`enable_cpu_layer`) lets the unmodified Megatron-Core wheel run on CPU an
 """
 
 from megatron.bridge.platform.cpu_layer import cpu_layer_enabled, disable_cpu_layer, enable_cpu_layer
-from megatron.bridge.platform.device import backend, cuda_available, describe, device, peak_memory_bytes, synchronize
+from megatron.bridge.platform.device import (
+    backend,
+    cuda_available,
+    describe,
+    device,
+    device_name,
+    peak_memory_bytes,
+    synchronize,
+)
 from megatron.bridge.platform.distributed import (
     barrier,
     destroy_distributed,
@@ -24,6 +32,7 @@ __all__ = [
     "describe",
     "destroy_distributed",
     "device",
+    "device_name",
     "disable_cpu_layer",
     "enable_cpu_layer",
     "initialize_distributed",

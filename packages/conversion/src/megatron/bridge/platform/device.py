@@ -37,6 +37,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def device_name() -> str | None:
+    """What CUDA calls this process's device, e.g. `NVIDIA H100 80GB HBM3`; None on a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device()) if torch.cuda.is_available() else None
+
+
 def peak_memory_bytes() -> int:
     """Highest memory so far: bytes allocated on the CUDA device, or the process's resident set on a CPU."""
     import torch

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "GPTDatasetConfig": "datasets.gpt",
     "MockGPTDatasetConfig": "datasets.mock",
-    "TextDatasetConfig": "datasets.text",
     "SFTDatasetConfig": "datasets.sft",
+    "TextDatasetConfig": "datasets.text",
     "build_data_iterator": "loaders",
     "preprocess_corpus": "preprocess",
     "DatasetBuildContext": "provider",

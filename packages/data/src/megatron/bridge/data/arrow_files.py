@@ -44,33 +44,35 @@ def column(file: Path, name: str) -> Iterator[tuple[Any, float]]:
     Raises:
         BridgeError: pyarrow is absent, the file cannot be read, or has no such column.
     """
-    done = 0
-    for batch, total in _batches(file, name):
-        done += batch.num_rows
-        for value in batch.column(name).to_pylist():
-            yield value, done / total
+    with _opened(file, name) as (rows, batches):
+        done = 0
+        for batch in batches:
+            done += batch.num_rows
+            for value in batch.column(name).to_pylist():
+                yield value, done / rows
 
 
-def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Every row, column -> value.
+def whole_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Every row, with all columns.
 
     Raises:
         BridgeError: pyarrow is absent, or the file cannot be read.
     """
-    for batch, _ in _batches(file, None):
-        yield from batch.to_pylist()
+    with _opened(file, None) as (_, batches):
+        for batch in batches:
+            yield from batch.to_pylist()
 
 
-def _batches(file: Path, name: str | None) -> Iterator[tuple[Any, int]]:
-    """Rows of one column, or of all, a few at a time; each time with how many the file has in all."""
+@contextmanager
+def _opened(file: Path, name: str | None) -> Iterator[tuple[int, Iterator[Any]]]:
+    """Number of rows, and batches of them, of one column or of all."""
     if importlib.util.find_spec("pyarrow") is None:
         raise BridgeError(f"{file} needs the package pyarrow: uv pip install 'megatron-bridge-data[arrow]'")
     import pyarrow
 
     try:
-        with _OPENERS[file.suffix.lower()](file, name) as (total, batches):
-            for batch in batches:
-                yield batch, total
+        with _OPENERS[file.suffix.lower()](file, name) as found:
+            yield found
     except (pyarrow.ArrowException, OSError) as error:
         raise BridgeError(f"{file} cannot be read as {file.suffix[1:].title()}: {error}") from error
 

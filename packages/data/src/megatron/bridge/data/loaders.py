@@ -1,13 +1,13 @@
 """From a map-style dataset to the batches of one rank: ordered, deterministic, resumable at any sample.
 
-Step `k` of a run draws samples `[k * global_batch_size, (k + 1) * global_batch_size)`. Ranks take turns of
+A step draws the next `global_batch_size` samples, a number that may grow during the run. Ranks take turns of
 `micro_batch_size` within it, so the samples of a step stay the same when the number of ranks changes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,42 +27,49 @@ class OutOfSamples(BridgeError):
 
 
 class MicroBatchSampler:
-    """Indices of this rank's micro-batches, in order, from `consumed_samples` on; stops before a partial step."""
+    """Indices of this rank's micro-batches, in order, from `consumed_samples` on; stops before a partial step.
+
+    `global_batch_size` may be a function that gives a step's size from the samples drawn before it.
+    """
 
     def __init__(
         self,
         num_samples: int,
         micro_batch_size: int,
-        global_batch_size: int,
+        global_batch_size: int | Callable[[int], int],
         dp_rank: int,
         dp_size: int,
         consumed_samples: int,
     ) -> None:
-        _check_sizes(micro_batch_size, global_batch_size, dp_rank, dp_size, consumed_samples)
+        self.batch_size_at = global_batch_size if callable(global_batch_size) else lambda consumed: global_batch_size
+        _check_sizes(micro_batch_size, self.batch_size_at(consumed_samples), dp_rank, dp_size, consumed_samples)
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
         self.stride = micro_batch_size * dp_size
         self.offset = micro_batch_size * dp_rank
         self.consumed_samples = consumed_samples
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.consumed_samples
-        while step + self.global_batch_size <= self.num_samples:
-            for block in range(step, step + self.global_batch_size, self.stride):
+        for begin, end in self.steps():
+            for block in range(begin, end, self.stride):
                 first = block + self.offset
                 yield list(range(first, first + self.micro_batch_size))
-            step += self.global_batch_size
 
     def __len__(self) -> int:
-        left = max(self.num_samples - self.consumed_samples, 0)
-        return left // self.global_batch_size * (self.global_batch_size // self.stride)
+        return sum((end - begin) // self.stride for begin, end in self.steps())
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """First sample of each step that can be filled, and the one after its last."""
+        begin = self.consumed_samples
+        while (end := begin + self.batch_size_at(begin)) <= self.num_samples:
+            yield begin, end
+            begin = end
 
 
 def build_data_iterator(
     dataset: Any,
     micro_batch_size: int,
-    global_batch_size: int,
+    global_batch_size: int | Callable[[int], int],
     dp_rank: int = 0,
     dp_size: int = 1,
     consumed_samples: int = 0,
@@ -76,7 +83,8 @@ def build_data_iterator(
 
     Args:
         dataset: a map-style dataset whose order is its own (Megatron-Core's are shuffled when built).
-        micro_batch_size, global_batch_size: samples per forward on one rank, and per step on all ranks.
+        micro_batch_size, global_batch_size: samples per forward on one rank, and per step on all ranks; the latter may
+            be a function that gives it from the samples drawn before the step.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
         consumed_samples: where to start: the samples that all ranks together have drawn before.
         num_workers: processes that load ahead; 0 loads here.
@@ -98,7 +106,7 @@ def build_data_iterator(
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_rank,
     )
-    return MicroBatches(sampler, _until_exhausted(loader, num_samples, sampler, global_batch_size))
+    return MicroBatches(sampler, _until_exhausted(loader, sampler))
 
 
 class MicroBatches(Iterator["dict[str, Tensor]"]):
@@ -135,16 +143,15 @@ def _leave_signals_to_the_rank(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def _until_exhausted(
-    loader: DataLoader[Any], found: int, sampler: MicroBatchSampler, global_batch_size: int
-) -> Iterator[dict[str, Tensor]]:
+def _until_exhausted(loader: DataLoader[Any], sampler: MicroBatchSampler) -> Iterator[dict[str, Tensor]]:
     yield from loader
-    consumed = sampler.consumed_samples
-    steps = max(found - consumed, 0) // global_batch_size
-    asked = consumed + (steps + 1) * global_batch_size
+    drawn = list(sampler.steps())
+    steps, end = len(drawn), drawn[-1][1] if drawn else sampler.consumed_samples
+    size = sampler.batch_size_at(end)
+    asked = end + size
     raise OutOfSamples(
-        f"the dataset has {found} samples, and the next step asks for samples up to {asked} "
-        f"(global_batch_size={global_batch_size}, {consumed} consumed before this iterator was built, "
+        f"the dataset has {sampler.num_samples} samples, and the next step asks for samples up to {asked} "
+        f"(global_batch_size={size}, {sampler.consumed_samples} consumed before this iterator was built, "
         f"{steps} steps drawn from it); train for fewer steps, or build the dataset with at least {asked} samples"
     )
 

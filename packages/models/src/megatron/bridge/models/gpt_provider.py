@@ -99,7 +99,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         if self.virtual_pipeline_model_parallel_size is not None:
             # As Megatron-LM sets them: batched messages between two stages mix up the micro-batches of virtual stages.
             values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-        if self._provides_initial_weights():
+        if self.loads_weights:
             values["perform_initialization"] = False
         try:
             return self.config_class(**values)

@@ -53,7 +53,9 @@ class ModelProvider(ABC):
     def _hooks(self) -> "list[tuple[PreWrapHook, bool]]":
         return list(self.__dict__.get("_pre_wrap_hooks", ()))
 
-    def _provides_initial_weights(self) -> bool:
+    @property
+    def loads_weights(self) -> bool:
+        """Whether a hook fills every weight when the model is built."""
         return any(loads_weights for _, loads_weights in self._hooks())
 
     def initialize_model_parallel(self, seed: int = 1234) -> None:

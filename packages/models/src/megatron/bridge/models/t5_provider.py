@@ -76,7 +76,7 @@ class T5ModelProvider(GPTModelProvider):
         # Stages are the two stacks, whatever their numbers of layers.
         config = GPTModelProvider.transformer_config(self.replace(pipeline_model_parallel_size=1))
         config.pipeline_model_parallel_size = self.pipeline_model_parallel_size
-        config.perform_initialization &= not self._provides_initial_weights()
+        config.perform_initialization &= not self.loads_weights
         return config
 
     def provide_distributed_model(

@@ -57,7 +57,7 @@ class VisionLanguageProvider(GPTModelProvider):
             raise BridgeError("VisionLanguageProvider.vision is not set; use GPTModelProvider for a model of text")
         self._refuse_divided_deepstack(self.vision.deepstack)
         language = super().provide(pre_process, post_process, vp_stage)
-        return VisionLanguageModel(language, self.vision, initialized=not self._provides_initial_weights())  # type: ignore[arg-type]
+        return VisionLanguageModel(language, self.vision, initialized=not self.loads_weights)  # type: ignore[arg-type]
 
     def _refuse_divided_deepstack(self, layers: int) -> None:
         from megatron.core.transformer.transformer_block import get_num_layers_to_build

@@ -19,7 +19,7 @@ from megatron.bridge.training.newest_whole import newest_whole, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.peft_section import fill_trained_part, trained_part
-from megatron.bridge.training.random_state import random_state, restore_random_state
+from megatron.bridge.training.random_state import put_back, random_state
 from megatron.bridge.training.side_files import side_files
 from megatron.bridge.training.state import TrainProgress
 
@@ -44,6 +44,7 @@ def save_checkpoint(
     cfg: "ConfigContainer",
     consumed_samples: int | None = None,
     logger_states: Mapping[str, Any] | None = None,
+    guard_state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
@@ -51,8 +52,9 @@ def save_checkpoint(
         iteration: optimizer steps done.
         model: chunks of this rank, wrapped or not.
         optimizer, scheduler: None leaves them out.
-        consumed_samples: training sequences drawn; None for `iteration * cfg.train.global_batch_size`.
+        consumed_samples: training sequences drawn; None for those of `iteration` steps from the beginning.
         logger_states: by logger, what it needs to go on after a resume; rank 0's counts.
+        guard_state: what the watch over faulty steps needs (`Guard.state_dict`).
 
     Returns:
         The finished folder.
@@ -62,7 +64,7 @@ def save_checkpoint(
     """
     if cfg.checkpoint.save is None:
         raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
-    drawn = iteration * cfg.train.global_batch_size if consumed_samples is None else consumed_samples
+    drawn = cfg.train.batch_sizes.samples_after(iteration) if consumed_samples is None else consumed_samples
     state = _trained_state(model, cfg) | {
         "checkpoint_version": 3.0,
         "iteration": iteration,
@@ -70,6 +72,7 @@ def save_checkpoint(
         "parallel_layout": _layout(),
         "rng_state": random_state(),
         "logger_states": dict(logger_states or {}),
+        "guard_state": dict(guard_state or {}),
     }
     if optimizer is not None:
         prepare_optimizer_state(optimizer)
@@ -138,7 +141,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         scheduler.num_steps = 0
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if "rng_state" in state:
-        restore_random_state(loaded["rng_state"])
+        put_back(loaded["rng_state"])
     return common | {key: loaded[key] for key in ("iteration", "consumed_samples")}
 
 
@@ -161,6 +164,7 @@ def save(run: "RunState") -> Path:
         run.cfg,
         progress.consumed_samples,
         run.logger_states,
+        run.guard.state_dict(),
     )
 
 
@@ -176,6 +180,8 @@ def restore(run: "RunState") -> None:
     loaded = _load(found.folder, run.model, run.optimizer, run.scheduler, run.cfg)
     run.progress = _progress(loaded)
     run.logger_states = dict(loaded.get("logger_states", {}))
+    if loaded.get("guard_state"):
+        run.guard.load_state_dict(loaded["guard_state"])
     run.notices += found.notices()
     if checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve():
         set_aside(found)

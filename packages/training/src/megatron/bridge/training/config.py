@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.tokenizers.config import TokenizerConfig
+from megatron.bridge.training.batch_sizes import BatchSizes, batch_sizes
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
@@ -34,10 +35,12 @@ __all__ = [
     "DatasetProvider",
     "DistributedDataParallelConfig",
     "DistributedInitConfig",
+    "FaultToleranceConfig",
     "GPTDatasetConfig",
     "LoggerConfig",
     "MixedPrecisionConfig",
     "OptimizerConfig",
+    "ProfilingConfig",
     "RNGConfig",
     "SFTDatasetConfig",
     "SchedulerConfig",
@@ -58,21 +61,42 @@ class TrainingConfig:
 
     Attributes:
         train_iters: optimizer steps of the whole run, those before a resume included.
+        train_samples: the length of the run in sequences instead; it ends with the last whole step within them.
         global_batch_size: sequences per optimizer step, over all ranks.
+        rampup_batch_size: `[start, increment, samples]`: the first step takes `start` sequences, and in equal parts of
+            the first `samples` the number grows by `increment` up to `global_batch_size`; None for no ramp.
         micro_batch_size: sequences per forward pass on one rank.
         eval_interval: steps between evaluations on the validation split; None for no evaluation.
         eval_iters: global batches per evaluation.
         exit_signal_handler: on Ctrl-C or SIGTERM finish the step, save, and return; a second Ctrl-C interrupts.
         exit_duration_in_mins: stop in the same way after this many minutes; None for no limit.
+        exit_interval: stop in the same way after a step whose number this divides; None for no such step.
+        skip_train: evaluate once on the validation split and do no step.
     """
 
-    train_iters: int
+    train_iters: int | None = None
+    train_samples: int | None = None
     global_batch_size: int
+    rampup_batch_size: list[int] | None = None
     micro_batch_size: int = 1
     eval_interval: int | None = None
     eval_iters: int = 10
     exit_signal_handler: bool = True
     exit_duration_in_mins: float | None = None
+    exit_interval: int | None = None
+    skip_train: bool = False
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """How many sequences each step takes."""
+        return batch_sizes(self.global_batch_size, self.rampup_batch_size)
+
+    @property
+    def total_iters(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.train_iters is not None:
+            return self.train_iters
+        return 0 if self.train_samples is None else self.batch_sizes.iterations_within(self.train_samples)
 
 
 @dataclass(kw_only=True)
@@ -83,11 +107,12 @@ class SchedulerConfig:
         lr_decay_style: shape after the warm-up, from `optimizer.lr` to `optimizer.min_lr` (None counts as 0). `WSD`
             stays at `optimizer.lr` and falls at the end (arXiv:2404.06395); `inverse-square-root` falls as
             1 / sqrt(step) from the end of the warm-up on (arXiv:1706.03762).
-        lr_decay_iters: step at which `optimizer.min_lr` is reached; None for `train.train_iters`.
+        lr_decay_iters: step at which `optimizer.min_lr` is reached; None for the whole run.
         lr_wsd_decay_iters: how many of these steps the fall of `WSD` takes.
         lr_wsd_decay_style: shape of that fall.
         lr_warmup_iters: steps of linear warm-up.
-        lr_warmup_fraction: the same as a fraction of `lr_decay_iters`; set one of the two.
+        lr_warmup_fraction: the same as a fraction of the decay; set one of the two.
+        lr_decay_samples, lr_wsd_decay_samples, lr_warmup_samples: the same lengths in sequences instead of steps.
         lr_warmup_init: learning rate of the first step of the warm-up.
         start_weight_decay, end_weight_decay: where the weight decay goes from and to, over `lr_decay_iters`; None for
             `optimizer.weight_decay`.
@@ -100,6 +125,9 @@ class SchedulerConfig:
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     lr_warmup_iters: int = 0
     lr_warmup_fraction: float | None = None
+    lr_decay_samples: int | None = None
+    lr_wsd_decay_samples: int | None = None
+    lr_warmup_samples: int | None = None
     lr_warmup_init: float = 0.0
     start_weight_decay: float | None = None
     end_weight_decay: float | None = None
@@ -149,6 +177,9 @@ class LoggerConfig:
         wandb_save_dir: folder for wandb's own files; None leaves it to wandb.
         mlflow_experiment: MLflow experiment; needs the extra `mlflow`. None records nothing.
         mlflow_tracking_uri, mlflow_run_name: server or folder, and name of the run there; None leaves them to MLflow.
+        peak_tflops: what a device can do at most, for model FLOPs utilisation; None for what is known of the device.
+        straggler_factor: tell when a rank takes this many times as long as the median rank to wait for data or to
+            compute a step's gradients, over the steps since the last progress line; None never does.
         loggers: names of the group `megatron.bridge.loggers`, instead of those that the settings above ask for.
         options: settings by logger, for loggers of other packages.
     """
@@ -164,8 +195,59 @@ class LoggerConfig:
     mlflow_experiment: str | None = None
     mlflow_tracking_uri: str | None = None
     mlflow_run_name: str | None = None
+    peak_tflops: float | None = None
+    straggler_factor: float | None = None
     loggers: list[str] | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class FaultToleranceConfig:
+    """What happens when a step goes wrong: its loss or gradient is NaN or infinite, or its loss leaps.
+
+    Attributes:
+        on_fault: `stop` ends the run with an error; `skip` leaves the update out, and the batch counts as used; `rerun`
+            does the step again from the same weights, data and random state, and says whether the machine or model and
+            data are at fault.
+        after_rerun: `stop` ends the run then; `continue` takes the second result where it is sound, and leaves the
+            update out where it is not.
+        rerun_tolerance: largest relative difference of loss and gradient norm at which two results count as equal; more
+            than 0 is for kernels that are not deterministic.
+        max_skips_in_a_row: steps in a row that may be left out; one more ends the run.
+        loss_spike_threshold: a loss leaps when it lies above the median of the last ones by this many deviations
+            (median absolute ones, as standard deviations, and at least 1% of the median); None lets it leap.
+        loss_spike_window: how many of the last losses those are; nothing leaps before there are as many.
+    """
+
+    on_fault: Literal["stop", "skip", "rerun"] = "stop"
+    after_rerun: Literal["stop", "continue"] = "stop"
+    rerun_tolerance: float = 0.0
+    max_skips_in_a_row: int = 3
+    loss_spike_threshold: float | None = None
+    loss_spike_window: int = 32
+
+
+@dataclass(kw_only=True)
+class ProfilingConfig:
+    """Which steps to profile, on which ranks and with what. Files go to `profiles/` in `logger.folder`.
+
+    Attributes:
+        use_pytorch_profiler: torch's profiler: a trace for https://ui.perfetto.dev, phases and operators named.
+        use_nsys_profiler: ranges for `nsys profile --capture-range=cudaProfilerApi`; needs CUDA.
+        record_memory_history: a snapshot of device memory for https://pytorch.org/memory_viz; needs CUDA.
+        profile_step_start: steps before the first one to be profiled.
+        profile_step_end: the last step to be profiled.
+        profile_ranks: ranks to profile.
+        record_shapes: name the operators' input shapes too.
+    """
+
+    use_pytorch_profiler: bool = False
+    use_nsys_profiler: bool = False
+    record_memory_history: bool = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    record_shapes: bool = False
 
 
 @dataclass(kw_only=True)
@@ -216,6 +298,8 @@ class ConfigContainer:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
     peft: Any = None

@@ -1,5 +1,6 @@
 """From the configuration's dataset to the iterators of this rank."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.data.epochs import Reshuffled
@@ -26,8 +27,22 @@ def _in_order(cfg: "ConfigContainer", train: Any) -> Any:
     return Reshuffled(train, cfg.rng.seed) if cfg.dataset.dataloader_type == "cyclic" else train
 
 
-def batches_per_chunk(cfg: "ConfigContainer", dataset: Any, num_chunks: int, consumed_samples: int) -> list["Batches"]:
-    """One iterator per model chunk, each over the same micro-batches; None where the pipeline stage needs no data."""
+def batches_per_chunk(
+    cfg: "ConfigContainer",
+    dataset: Any,
+    num_chunks: int,
+    batch_size: int | Callable[[int], int],
+    consumed_samples: int = 0,
+) -> list["Batches"]:
+    """One iterator per model chunk, each over the same micro-batches; None where the pipeline stage needs no data.
+
+    Args:
+        cfg: the run's configuration.
+        dataset: to draw from.
+        num_chunks: of this rank's model.
+        batch_size: sequences per step, or a function that gives them from the samples drawn before.
+        consumed_samples: where to begin.
+    """
     from megatron.core import parallel_state
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
@@ -37,7 +52,7 @@ def batches_per_chunk(cfg: "ConfigContainer", dataset: Any, num_chunks: int, con
         build_data_iterator(
             dataset,
             micro_batch_size=cfg.train.micro_batch_size,
-            global_batch_size=cfg.train.global_batch_size,
+            global_batch_size=batch_size,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             consumed_samples=consumed_samples,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.data import batches_per_chunk
+from megatron.bridge.training.fault_tolerance import NotFinite
 from megatron.bridge.training.step import forward_backward, global_loss
 
 if TYPE_CHECKING:
@@ -14,19 +15,24 @@ def evaluate(run: "RunState", forward_step: Any) -> float:
     """Mean loss per token over `train.eval_iters` global batches: the same samples each time. Collective."""
     import torch
 
-    data = batches_per_chunk(run.cfg, run.valid_dataset, len(run.model), consumed_samples=0)
+    sequences = run.cfg.train.global_batch_size
+    data = batches_per_chunk(run.cfg, run.valid_dataset, len(run.model), sequences)
+    num_microbatches = run.num_microbatches(sequences)
     total, counted = 0.0, 0
     for chunk in run.model:
         chunk.eval()
     try:
         with torch.no_grad():
             for _ in range(run.cfg.train.eval_iters):
-                reports = forward_backward(run, forward_step, data, run.num_microbatches, training=False)
-                loss, tokens = global_loss(reports, run.progress.iteration)
+                reports = forward_backward(run, forward_step, data, num_microbatches, training=False)
+                # What fills up the last batch of a small split counts nothing.
+                loss, tokens = global_loss(reports, run.progress.iteration, may_be_empty=True)
                 total, counted = total + loss * tokens, counted + tokens
     finally:
         for chunk in run.model:
             chunk.train()
+    if counted == 0:
+        raise NotFinite("no token of the validation split counts for the loss: its loss mask is all zeros")
     return total / counted
 
 

@@ -8,19 +8,10 @@ from typing import Any
 
 
 def random_state() -> Any:
-    """State of Python, NumPy, torch, the device and Megatron's tracker, to be saved or to be loaded into."""
-    import numpy as np
-    import torch
-    from megatron.core import parallel_state, tensor_parallel
+    """`state_of_this_rank`, to be saved or to be loaded into."""
+    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    state = {
-        "random": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "device": _device_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
     pipeline = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -28,15 +19,30 @@ def random_state() -> Any:
     tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     return ShardedObject(
         "rng_state",
-        state,
+        state_of_this_rank(),
         (pipeline[1], tensor[1]),
         (pipeline[0], tensor[0]),
         replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` held."""
+def state_of_this_rank() -> dict[str, Any]:
+    """State of Python, NumPy, torch, the device and Megatron's tracker."""
+    import numpy as np
+    import torch
+    from megatron.core import tensor_parallel
+
+    return {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": _device_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def put_back(state: dict[str, Any]) -> None:
+    """Put back what `state_of_this_rank` gave."""
     import numpy as np
     import torch
     from megatron.core import tensor_parallel

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron.bridge.training.loggers import LOGGERS, MetricLogger
@@ -61,10 +61,16 @@ class Reporter:
         for logger in self._loggers.values():
             logger.close()
 
-    def step(self, iteration: int, result: "StepResult") -> None:
-        """Report a finished step, where it is one that is logged."""
+    def step(self, iteration: int, result: "StepResult", others: Callable[[], Mapping[str, float]] = dict) -> None:
+        """Report a finished step, where it is one that is logged.
+
+        Args:
+            iteration: of the step.
+            result: of the step.
+            others: further metrics of it; called on every rank, for steps that are logged.
+        """
         self._tokens += result.tokens
-        if iteration % self._cfg.logger.log_interval and iteration != self._cfg.train.train_iters:
+        if iteration % self._cfg.logger.log_interval and iteration != self._cfg.train.total_iters:
             return
         now = time.monotonic()
         metrics: dict[str, float | int | bool] = {
@@ -75,6 +81,9 @@ class Reporter:
         }
         if result.skipped:
             metrics["skipped"] = True
+        if self._cfg.train.rampup_batch_size is not None:
+            metrics["batch_size"] = result.sequences
+        metrics |= others()
         self._before, self._tokens = now, 0
         self.metrics(iteration, metrics)
 

@@ -13,18 +13,17 @@ def build_scheduler(cfg: "ConfigContainer", optimizer: Any) -> Any:
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    scheduler, batch = cfg.scheduler, cfg.train.global_batch_size
-    steps = decay_iters(cfg) * batch
+    scheduler, steps = cfg.scheduler, decay_samples(cfg)
     start, end = weight_decay_range(cfg)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=scheduler.lr_warmup_init,
         max_lr=cfg.optimizer.lr,
         min_lr=cfg.optimizer.min_lr or 0.0,
-        lr_warmup_steps=int(warmup_iters(cfg) * batch),
+        lr_warmup_steps=warmup_samples(cfg),
         lr_decay_steps=steps,
         lr_decay_style=scheduler.lr_decay_style,
-        wsd_decay_steps=None if scheduler.lr_wsd_decay_iters is None else scheduler.lr_wsd_decay_iters * batch,
+        wsd_decay_steps=final_fall_samples(cfg),
         lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
         start_wd=start,
         end_wd=end,
@@ -35,15 +34,30 @@ def build_scheduler(cfg: "ConfigContainer", optimizer: Any) -> Any:
     )
 
 
-def decay_iters(cfg: "ConfigContainer") -> int:
-    """The step at which the lowest learning rate is reached."""
-    return cfg.scheduler.lr_decay_iters or cfg.train.train_iters
+def decay_samples(cfg: "ConfigContainer") -> int:
+    """How many samples have been drawn when the lowest learning rate is reached."""
+    scheduler = cfg.scheduler
+    if scheduler.lr_decay_samples is not None:
+        return scheduler.lr_decay_samples
+    return cfg.train.batch_sizes.samples_after(scheduler.lr_decay_iters or cfg.train.total_iters)
 
 
-def warmup_iters(cfg: "ConfigContainer") -> float:
-    """Steps of warm-up."""
-    fraction = cfg.scheduler.lr_warmup_fraction
-    return cfg.scheduler.lr_warmup_iters if fraction is None else fraction * decay_iters(cfg)
+def warmup_samples(cfg: "ConfigContainer") -> int:
+    """Samples of warm-up."""
+    scheduler = cfg.scheduler
+    if scheduler.lr_warmup_samples is not None:
+        return scheduler.lr_warmup_samples
+    if scheduler.lr_warmup_fraction is not None:
+        return int(scheduler.lr_warmup_fraction * decay_samples(cfg))
+    return cfg.train.batch_sizes.samples_after(scheduler.lr_warmup_iters)
+
+
+def final_fall_samples(cfg: "ConfigContainer") -> int | None:
+    """Samples over which the learning rate of `WSD` falls, at the end of the decay; after a ramp, batches are whole."""
+    scheduler = cfg.scheduler
+    if scheduler.lr_wsd_decay_samples is not None or scheduler.lr_wsd_decay_iters is None:
+        return scheduler.lr_wsd_decay_samples
+    return scheduler.lr_wsd_decay_iters * cfg.train.global_batch_size
 
 
 def weight_decay_range(cfg: "ConfigContainer") -> tuple[float, float]:

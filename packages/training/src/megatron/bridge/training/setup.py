@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.training.auxiliary_losses import start_recording
 from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import restore, start_from
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
 from megatron.bridge.training.peft_section import apply_peft, optimizer_overrides
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
+from megatron.bridge.training.step import finish_gradients
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -48,6 +50,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     cfg.validate(platform.world_size())
     seed_everything(cfg.rng.seed)
     cfg.model.initialize_model_parallel(cfg.rng.seed)
+    start_recording()
     train_set, valid_set = build_datasets(cfg)
     model = cfg.model.provide_distributed_model(
         ddp_config=cfg.ddp,
@@ -57,15 +60,16 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     )
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
-    run = RunState(cfg, model, optimizer, scheduler, _num_microbatches(cfg), [], valid_set)
+    run = RunState(cfg, model, optimizer, scheduler, [], valid_set)
     run.callbacks = Callbacks(callbacks)
     run.notices += getattr(train_set, "notices", ())
-    connect(model, optimizer)
+    connect(run)
     if cfg.checkpoint.load is not None:
         restore(run)
     elif cfg.checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
         start_from(run)
-    run.train_data = batches_per_chunk(cfg, train_set, len(model), run.progress.consumed_samples)
+    data = batches_per_chunk(cfg, train_set, len(model), cfg.train.batch_sizes.at, run.progress.consumed_samples)
+    run.train_data = [run.phases.waiting(each) for each in data]
     return run
 
 
@@ -92,24 +96,17 @@ def build_optimizer(cfg: "ConfigContainer", model: list[Any]) -> Any:
     return get_megatron_optimizer(settings, model, config_overrides=optimizer_overrides(cfg, settings))
 
 
-def connect(model: list[Any], optimizer: Any) -> None:
+def connect(run: RunState) -> None:
     """Tell Megatron-Core's schedule how to scale the loss and how to finish and overlap gradient reduction."""
-    from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
+    model = run.model
     config = get_model_config(model[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = run.optimizer.scale_loss
+    config.finalize_model_grads_func = partial(finish_gradients, run)
     if model[0].ddp_config.overlap_grad_reduce:
         waits = [chunk.no_sync for chunk in model]
         config.no_sync_func = waits if len(model) > 1 else waits[0]
     if model[0].ddp_config.overlap_param_gather and model[0].ddp_config.align_param_gather:
         starts = [chunk.start_param_sync for chunk in model]
         config.param_sync_func = starts if len(model) > 1 else starts[0]
-
-
-def _num_microbatches(cfg: "ConfigContainer") -> int:
-    from megatron.core import parallel_state
-
-    replicas: int = parallel_state.get_data_parallel_world_size()
-    return cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas)

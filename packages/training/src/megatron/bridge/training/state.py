@@ -3,10 +3,14 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.callbacks import Callbacks
+from megatron.bridge.training.fault_tolerance import Guard
+from megatron.bridge.training.flops import step_flops
+from megatron.bridge.training.phases import Phases
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,19 +39,19 @@ class RunState:
 
     Attributes:
         model: model chunks of this rank (one per virtual pipeline stage), wrapped in Megatron-Core's DDP.
-        num_microbatches: forward passes per optimizer step on this rank.
         train_data: one iterator per model chunk.
         valid_dataset: the validation split, None when the run evaluates nothing.
         logger_states: what the loggers said of themselves in the last checkpoint.
         stop_requested: why a callback wants the run to end.
         notices: what is to be told when the loop starts.
+        phases: where the time of the steps goes.
+        guard: watches for steps that go wrong.
     """
 
     cfg: "ConfigContainer"
     model: list[Any]
     optimizer: Any
     scheduler: Any
-    num_microbatches: int
     train_data: list[Batches]
     valid_dataset: Any = None
     progress: TrainProgress = field(default_factory=TrainProgress)
@@ -56,6 +60,28 @@ class RunState:
     stop_requested: str | None = None
     notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    phases: Phases = field(default_factory=Phases)
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.cfg.fault_tolerance, scaled=self.cfg.model.fp16)
+
+    @cached_property
+    def flops_per_sequence(self) -> float | None:
+        """Operations that a training sequence takes; None where they are not known."""
+        return step_flops(self.cfg.model, 1)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the step to come, over all ranks."""
+        return self.cfg.train.batch_sizes.at(self.progress.consumed_samples)
+
+    def num_microbatches(self, sequences: int) -> int:
+        """Forward passes on this rank in a step of so many sequences."""
+        from megatron.core import parallel_state
+
+        replicas: int = parallel_state.get_data_parallel_world_size()
+        return sequences // (self.cfg.train.micro_batch_size * replicas)
 
     def request_stop(self, why: str) -> None:
         """End the run after the step in progress, with a checkpoint where one is configured; `why` is reported."""
@@ -71,8 +97,8 @@ class TrainResult:
         loss: mean loss per token of the last step; None when no step was left to do.
         losses: iteration -> loss, for the steps of this call.
         grad_norms: iteration -> gradient norm before clipping, for the steps of this call.
-        stopped_by: `"train_iters"` when all steps were done, else `"SIGINT"`, `"SIGTERM"`, `"exit_duration"`
-            or `"callback"`.
+        stopped_by: `"train_iters"` when all steps were done, else `"SIGINT"`, `"SIGTERM"`, `"exit_duration"`,
+            `"exit_interval"` or `"callback"`; `"skip_train"` where none was to be done.
         checkpoint: the last checkpoint written, None when none was.
         valid_loss: mean loss per token of the last evaluation, None without one.
     """

@@ -10,11 +10,13 @@ from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iteratio
 from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.batch_sizes import ramp_problem
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole
 from megatron.bridge.training.peft_section import peft_problems
-from megatron.bridge.training.scheduler import decay_iters, warmup_iters, weight_decay_range
+from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
+from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight
         raise ConfigError(str(error)) from error
     checks = [*_CHECKS, *(check for what, those in _CHECKS_BY_SIGHT.items() if what in sight for check in those)]
     found = [problem for check in checks for problem in check(cfg)]
-    found += _layout_problems(cfg, world_size)
+    found += [*_layout_problems(cfg, world_size), *rank_problems(cfg, world_size)]
     if found:
         raise ConfigError(report("the configuration cannot run", found))
 
@@ -63,7 +65,7 @@ def dataset_context(cfg: "ConfigContainer", tokenizer: Tokenizer) -> DatasetBuil
     train = cfg.train
     evaluated = train.eval_iters * train.global_batch_size if train.eval_interval else 0
     return DatasetBuildContext(
-        train_samples=train.train_iters * train.global_batch_size,
+        train_samples=train.batch_sizes.samples_after(train.total_iters),
         valid_samples=evaluated,
         tokenizer=tokenizer,
         document_multiple=chunks_of_sequence(cfg.model),
@@ -87,19 +89,51 @@ def run_tokenizer(cfg: "ConfigContainer") -> Tokenizer:
 def _sizes(cfg: "ConfigContainer") -> Iterator[str]:
     positive = {
         "train.train_iters": cfg.train.train_iters,
+        "train.train_samples": cfg.train.train_samples,
         "train.global_batch_size": cfg.train.global_batch_size,
         "train.micro_batch_size": cfg.train.micro_batch_size,
         "train.eval_interval": cfg.train.eval_interval,
         "train.eval_iters": cfg.train.eval_iters,
         "train.exit_duration_in_mins": cfg.train.exit_duration_in_mins,
+        "train.exit_interval": cfg.train.exit_interval,
+        "scheduler.lr_decay_samples": cfg.scheduler.lr_decay_samples,
         "logger.log_interval": cfg.logger.log_interval,
+        "logger.peak_tflops": cfg.logger.peak_tflops,
         "checkpoint.save_interval": cfg.checkpoint.save_interval,
         "checkpoint.most_recent_k": cfg.checkpoint.most_recent_k,
+        "fault_tolerance.loss_spike_threshold": cfg.fault_tolerance.loss_spike_threshold,
+        "fault_tolerance.loss_spike_window": cfg.fault_tolerance.loss_spike_window,
         "dist.timeout_seconds": cfg.dist.timeout_seconds,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
             yield f"{name}={value} must be greater than 0"
+
+
+def _has_length(cfg: "ConfigContainer") -> bool:
+    """Whether the number and sizes of the steps are known; what follows from them can then be checked too."""
+    return cfg.train.global_batch_size > 0 and not any(_lengths(cfg))
+
+
+def _lengths(cfg: "ConfigContainer") -> Iterator[str]:
+    """What is wrong with the run's length and the sizes of its steps."""
+    train = cfg.train
+    if train.global_batch_size <= 0:
+        return
+    ramp = train.rampup_batch_size
+    problem = None if ramp is None else ramp_problem(train.global_batch_size, ramp)
+    if problem is not None:
+        yield problem
+    elif train.train_iters is None and train.train_samples is None:
+        yield "neither train.train_iters nor train.train_samples is set: say how long to train"
+    elif train.train_iters is not None and train.train_samples is not None:
+        yield "train.train_iters and train.train_samples are both set; set one of them to null"
+    elif train.total_iters == 0 and (train.train_samples or 0) > 0:
+        yield (
+            f"train.train_samples={train.train_samples} is less than the first step takes, {train.batch_sizes.at(0)}"
+        )
+    if train.skip_train and train.eval_interval is None:
+        yield "train.skip_train=True leaves the evaluation, and train.eval_interval is not set: there is nothing to do"
 
 
 def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
@@ -115,6 +149,15 @@ def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
         return
     data_parallel = world_size // replica
     step = train.micro_batch_size * data_parallel
+    if not _has_length(cfg):
+        return
+    for _, size in train.batch_sizes.stages if step > 0 and train.rampup_batch_size else ():
+        if size % step:
+            yield (
+                f"train.rampup_batch_size={train.rampup_batch_size} comes to {size} sequences, not a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size} x {data_parallel} data-parallel ranks = {step}"
+            )
+            return
     if step > 0 and train.global_batch_size % step:
         fitting = max(train.global_batch_size // step, 1) * step
         yield (
@@ -122,7 +165,8 @@ def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
             f"{train.micro_batch_size} x {data_parallel} data-parallel ranks = {step}; {fitting} would do"
         )
         return
-    yield from _interleaving(cfg, train.global_batch_size // step if step > 0 else 0)
+    for _, size in train.batch_sizes.stages:
+        yield from _interleaving(cfg, size // step if step > 0 else 0)
 
 
 def _interleaving(cfg: "ConfigContainer", num_microbatches: int) -> Iterator[str]:
@@ -197,39 +241,50 @@ def _optimizer(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _scheduler(cfg: "ConfigContainer") -> Iterator[str]:
     scheduler = cfg.scheduler
-    decay = decay_iters(cfg)
-    if scheduler.lr_warmup_fraction is not None and scheduler.lr_warmup_iters:
-        yield "scheduler.lr_warmup_iters and scheduler.lr_warmup_fraction are both set; keep one"
+    pairs = [("lr_decay_iters", "lr_decay_samples"), ("lr_wsd_decay_iters", "lr_wsd_decay_samples")]
+    pairs += [("lr_warmup_iters", "lr_warmup_fraction"), ("lr_warmup_iters", "lr_warmup_samples")]
+    for one, other in (*pairs, ("lr_warmup_fraction", "lr_warmup_samples")):
+        if getattr(scheduler, one) and getattr(scheduler, other) is not None:
+            yield f"scheduler.{one} and scheduler.{other} are both set; keep one"
     if scheduler.lr_warmup_fraction is not None and not 0 <= scheduler.lr_warmup_fraction < 1:
         yield f"scheduler.lr_warmup_fraction={scheduler.lr_warmup_fraction} must lie in [0, 1)"
-    if decay > 0 and not 0 <= scheduler.lr_warmup_iters < decay:
-        yield (
-            f"scheduler.lr_warmup_iters={scheduler.lr_warmup_iters} must be less than the {decay} steps of the decay "
-            "(scheduler.lr_decay_iters, else train.train_iters)"
-        )
     if cfg.optimizer.lr is not None and scheduler.lr_warmup_init > cfg.optimizer.lr:
         yield f"scheduler.lr_warmup_init={scheduler.lr_warmup_init} is greater than optimizer.lr={cfg.optimizer.lr}"
-    if scheduler.lr_decay_style == "inverse-square-root" and warmup_iters(cfg) <= 0:
-        yield "scheduler.lr_decay_style='inverse-square-root' falls from the end of the warm-up; set lr_warmup_iters"
-    yield from _final_fall(cfg)
     yield from _weight_decay(cfg)
+    if not _has_length(cfg):
+        return
+    decay, warmup = decay_samples(cfg), warmup_samples(cfg)
+    if decay > 0 and not 0 <= warmup < decay:
+        size = cfg.train.global_batch_size
+        set_as = "lr_warmup_samples" if scheduler.lr_warmup_samples is not None else "lr_warmup_iters"
+        length = f"{decay} samples" if set_as == "lr_warmup_samples" else f"{decay // size} steps"
+        yield (
+            f"scheduler.{set_as}={getattr(scheduler, set_as)} must be less than the {length} of the decay "
+            "(scheduler.lr_decay_iters or lr_decay_samples, else the whole run)"
+        )
+    if scheduler.lr_decay_style == "inverse-square-root" and warmup <= 0:
+        yield "scheduler.lr_decay_style='inverse-square-root' falls from the end of the warm-up; set lr_warmup_iters"
+    yield from _final_fall(cfg, decay - warmup)
 
 
-def _final_fall(cfg: "ConfigContainer") -> Iterator[str]:
-    scheduler, falling = cfg.scheduler, cfg.scheduler.lr_wsd_decay_iters
-    longest = decay_iters(cfg) - warmup_iters(cfg)
+def _final_fall(cfg: "ConfigContainer", longest: int) -> Iterator[str]:
+    scheduler, size = cfg.scheduler, cfg.train.global_batch_size
+    by_samples = scheduler.lr_wsd_decay_samples is not None
+    set_as = "lr_wsd_decay_samples" if by_samples else "lr_wsd_decay_iters"
+    falling = getattr(scheduler, set_as)
     if scheduler.lr_decay_style != "WSD":
         if falling is not None:
             yield (
-                f"scheduler.lr_wsd_decay_iters={falling} belongs to lr_decay_style='WSD', and that is "
+                f"scheduler.{set_as}={falling} belongs to lr_decay_style='WSD', and that is "
                 f"{scheduler.lr_decay_style!r}; change one of them"
             )
     elif falling is None:
         yield "scheduler.lr_decay_style='WSD' needs scheduler.lr_wsd_decay_iters, the number of steps of its fall"
-    elif not 0 < falling <= longest:
+    elif not 0 < (final_fall_samples(cfg) or 0) <= longest:
+        unit = f"{longest} samples" if by_samples else f"{longest // size} steps"
         yield (
-            f"scheduler.lr_wsd_decay_iters={falling} must lie between 1 and the {longest:g} steps that "
-            "scheduler.lr_decay_iters (else train.train_iters) leaves after the warm-up"
+            f"scheduler.{set_as}={falling} must lie between 1 and the {unit} that the decay "
+            "(scheduler.lr_decay_iters or lr_decay_samples, else the whole run) leaves after the warm-up"
         )
 
 
@@ -256,6 +311,8 @@ def _data(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"tokenizer.vocab_size={known} is larger than model.vocab_size={embedded}: ids would have no embedding"
     if getattr(cfg.dataset, "packing", False):
         yield from _packing(cfg)
+    if not _has_length(cfg):
+        return
     try:
         cfg.dataset.validate(dataset_context(cfg, run_tokenizer(cfg)))
     except BridgeError as error:
@@ -298,9 +355,32 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
 
 
+def _profiling(cfg: "ConfigContainer") -> Iterator[str]:
+    if _has_length(cfg):
+        yield from profiling_problems(cfg)
+
+
+def _fault_tolerance(cfg: "ConfigContainer") -> Iterator[str]:
+    settings = cfg.fault_tolerance
+    for name in ("rerun_tolerance", "max_skips_in_a_row"):
+        if getattr(settings, name) < 0:
+            yield f"fault_tolerance.{name}={getattr(settings, name)} must not be negative"
+    for name in ("check_for_nan_in_grad", "check_for_large_grads"):
+        if settings.on_fault != "stop" and getattr(cfg.ddp, name):
+            yield (
+                f"ddp.{name}=True ends the run at once on the rank concerned, and fault_tolerance.on_fault is "
+                f"{settings.on_fault!r}; leave ddp.{name} out"
+            )
+    if settings.on_fault != "rerun" and (settings.after_rerun != "stop" or settings.rerun_tolerance):
+        yield "fault_tolerance.after_rerun and rerun_tolerance belong to on_fault='rerun'; set it, or leave them out"
+
+
 def _logger(cfg: "ConfigContainer") -> Iterator[str]:
     from megatron.bridge.training.reporter import loggers_of
 
+    factor = cfg.logger.straggler_factor
+    if factor is not None and factor <= 1:
+        yield f"logger.straggler_factor={factor} must be greater than 1; 1.2 tells of ranks that take 20% longer"
     try:
         wanted = list(loggers_of(cfg))
     except BridgeError as error:
@@ -345,6 +425,6 @@ def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
     yield from secret_problems((each.key, each.value) for each in values_of(cfg))
 
 
-_CHECKS = (_sizes, _model, _optimizer, _scheduler, _secrets, peft_problems)
+_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _profiling, _secrets, peft_problems)
 # What can be proven only where the run's files, or the machine that it runs on, are.
-_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems,)}
+_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems, machine_problems)}

@@ -26,7 +26,8 @@ class SampleSettings:
     Attributes:
         length: tokens of a sample.
         samples: how many samples the dataset has, over several passes; None for one pass.
-        seed: seeds the order, anew for each pass; None keeps the order of the rows.
+        seed: seeds the order, anew for each pass. None keeps the order of the rows, for evaluation: there are whole
+            passes only, and what is asked for beyond them is padding, so that no row counts more than another.
         pad: id that fills up; it is never trained.
     """
 
@@ -67,7 +68,14 @@ class SFTDataset(Dataset[dict[str, "Tensor"]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self._samples:
             raise IndexError(index)
-        return self._sample(self._unit(index))
+        return self._blank() if self._is_beyond(index) else self._sample(self._unit(index))
+
+    def _is_beyond(self, index: int) -> bool:
+        """Whether an evaluation has ended before this sample."""
+        return self._seed is None and self._samples > self.units and index >= self._samples // self.units * self.units
+
+    def _blank(self) -> dict[str, Tensor]:
+        return self._empty()
 
     def _unit(self, index: int) -> int:
         turn, place = divmod(index, self.units)
@@ -126,6 +134,9 @@ class PackedSFTDataset(SFTDataset):
     @property
     def units(self) -> int:
         return len(self.packs)
+
+    def _blank(self) -> dict[str, Tensor]:
+        return self._empty() | {"cu_seqlens": torch.tensor([0, self.length], dtype=torch.int32)}
 
     def _sample(self, unit: int) -> dict[str, Tensor]:
         sample, bounds = self._empty(), [0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron.bridge.data.instruction.messages import BadRow, Conversation
+from megatron.bridge.data.instruction.messages import BadRow, Conversation, Message
 from megatron.bridge.data.instruction.templates import PromptTemplate
 from megatron.bridge.errors import BridgeError, did_you_mean
 
@@ -63,6 +63,16 @@ class Renderer:
         if self.loss == COMPLETION:
             return Rendering(text, [(answers[wanted[0]][0], len(text.rstrip()))])
         return Rendering(text, [answers[place] for place in wanted])
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text up to where the assistant would answer `messages`.
+
+        Raises:
+            BadRow: the template cannot write them.
+        """
+        conversation = Conversation(messages)
+        self._check(conversation)
+        return self._render(conversation, len(messages), prompt=True)[0]
 
     def _wanted(self, conversation: Conversation) -> list[int]:
         trained = [place for place in conversation.answers() if conversation.messages[place].trained]

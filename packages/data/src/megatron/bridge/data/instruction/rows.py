@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.data.arrow_files import ARROW_SUFFIXES, rows, saved_dataset_files
+from megatron.bridge.data.arrow_files import saved_dataset_files, whole_rows
 from megatron.bridge.data.instruction.messages import BadRow
 from megatron.bridge.data.preprocess.sources import read_batches
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -152,8 +152,8 @@ def _elements(read: Callable[[int], str], name: str) -> Iterator[Any]:
         text = rest[1:] if rest[0] == "," else rest
 
 
-def _table(file: Path) -> Iterator[SourceRow]:
-    for number, row in enumerate(rows(file), start=1):
+def _columns(file: Path) -> Iterator[SourceRow]:
+    for number, row in enumerate(whole_rows(file), start=1):
         yield SourceRow(_without_nulls(row), str(file), number)
 
 
@@ -168,5 +168,6 @@ _READERS: Mapping[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,
-    **dict.fromkeys(sorted(ARROW_SUFFIXES, reverse=True), _table),
+    ".parquet": _columns,
+    ".arrow": _columns,
 }

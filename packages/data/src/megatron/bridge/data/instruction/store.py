@@ -69,10 +69,17 @@ def write_store(folder: Path, samples: Iterable[Sample], counts: Counts) -> None
         ) from error
     try:
         _write(staging, samples, counts)
-        if not holds_store(folder):  # another run may have been faster
-            staging.rename(folder)
+        _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    try:
+        staging.rename(folder)
+    except OSError:  # another run was faster: what it wrote is the same
+        if not holds_store(folder):
+            raise
 
 
 def _write(staging: Path, samples: Iterable[Sample], counts: Counts) -> None:

@@ -38,7 +38,10 @@ class MetricLogger(ABC):
     @abstractmethod
     def log(self, iteration: int, metrics: Metrics) -> None:
         """Take the metrics of a step: `loss` (mean per token), `learning_rate`, `grad_norm` (before clipping),
-        `tokens_per_second`, `skipped` (where the update was); or of an evaluation: `valid_loss`.
+        `tokens_per_second`, `skipped` (where the update was), `batch_size` (in a run with a ramp-up), and losses beside
+        the main one (`load_balancing_loss`, `mtp_1_loss`, ...; see `auxiliary_losses`), and how fast it is
+        (`step_seconds`, `tflops_per_device`, `mfu`, `memory_gib`, `forward_backward_seconds`, ...; see `performance`);
+        or of an evaluation: `valid_loss`.
         """
 
     def message(self, text: str) -> None:  # noqa: B027  most sinks have no place for it

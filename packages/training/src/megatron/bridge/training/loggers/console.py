@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.training.loggers.base import MetricLogger, Metrics
@@ -18,7 +18,7 @@ class ConsoleLogger(MetricLogger):
 
     def __init__(self, cfg: "ConfigContainer", first: int, state: Mapping[str, Any]) -> None:
         super().__init__(cfg, first, state)
-        self._last = cfg.train.train_iters
+        self._last = cfg.train.total_iters
         self._started = time.monotonic()
         self._bar: Any = None
         self._open_bar()
@@ -70,7 +70,24 @@ class ConsoleLogger(MetricLogger):
 
 
 def _text(metrics: Metrics) -> str:
+    others = "".join(f"{short} {metrics[name]:.4f} | " for name, short in _auxiliary(metrics))
     return (
-        f"loss {metrics['loss']:.4f} | lr {metrics['learning_rate']:.2e} | grad norm {metrics['grad_norm']:.3f} | "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        f"loss {metrics['loss']:.4f} | {others}lr {metrics['learning_rate']:.2e} | "
+        f"grad norm {metrics['grad_norm']:.3f} | {metrics['tokens_per_second']:,.0f} tokens/s{_speed(metrics)}"
     )
+
+
+def _speed(metrics: Metrics) -> str:
+    forms = (
+        ("tflops_per_device", " | {:.3g} TFLOP/s"),
+        ("mfu", " | MFU {:.1%}"),
+        ("memory_gib", " | {:.2f} GiB"),
+    )
+    return "".join(form.format(metrics[name]) for name, form in forms if name in metrics)
+
+
+def _auxiliary(metrics: Metrics) -> Iterator[tuple[str, str]]:
+    """Losses beside the main one: the metric's name, and a short one."""
+    for name in metrics:
+        if name.endswith("_loss"):
+            yield name, name.removesuffix("_loss").replace("load_balancing", "balance").replace("_", " ")

@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one JSON record per logged step."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +31,9 @@ class JSONLLogger(MetricLogger):
         return bool(cfg.logger.folder or cfg.checkpoint.save)
 
     def log(self, iteration: int, metrics: Metrics) -> None:
-        self._stream.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+        # JSON has no word for what is not finite.
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._stream.write(json.dumps({"iteration": iteration, **values}) + "\n")
 
     def close(self) -> None:
         self._stream.close()

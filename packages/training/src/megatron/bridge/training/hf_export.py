@@ -1,0 +1,59 @@
+"""The trained model as a Hugging Face folder when a run ends."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.best import best_folder
+from megatron.bridge.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.state import RunState, TrainResult
+
+# A run that a signal or the clock has stopped is to go on, and may have little time left.
+_ENDS = ("train_iters", "callback")
+
+
+class ExportHF(Callback):
+    """Writes `folder`, complete and verified, when the run is done: the best weights where `KeepBest` kept some.
+
+    Args:
+        folder: must not exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_train_start(self, run: "RunState") -> None:
+        if self.folder.exists():
+            raise BridgeError(f"the export folder {str(self.folder)!r} exists; choose another")
+        _bridge(run.cfg)
+
+    def on_train_end(self, run: "RunState", result: "TrainResult") -> None:
+        from megatron.bridge.conversion.checkpoint_layout import saved_iterations
+        from megatron.bridge.training.checkpoint import load_weights
+
+        if result.stopped_by not in _ENDS:
+            return
+        if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
+            load_weights(run.model, None, best_folder(run.cfg))
+        _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
+
+
+def _bridge(cfg: "ConfigContainer") -> Any:
+    """What knows the model's Hugging Face side.
+
+    Raises:
+        BridgeError: nothing does.
+    """
+    from megatron.bridge import AutoBridge
+
+    bridge = getattr(cfg.model, "bridge", None)
+    start = cfg.checkpoint.load or cfg.checkpoint.pretrained_checkpoint
+    if bridge is None and start is None:
+        raise BridgeError(
+            "the model cannot be exported: it came neither from AutoBridge nor from a checkpoint of one; make the "
+            "provider by AutoBridge.from_hf_pretrained(...).to_megatron_provider()"
+        )
+    return bridge or AutoBridge.from_megatron_checkpoint(str(start))

@@ -1,0 +1,85 @@
+"""Where the time of a rank's steps goes, phase by phase."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# `other`: zeroing buffers, the loss over all ranks, callbacks.
+PHASES = ("data_wait", "forward_backward", "gradient_sync", "optimizer", "other")
+
+
+class Taken(NamedTuple):
+    """Seconds by phase, in the order of `PHASES`, over `steps` steps."""
+
+    seconds: list[float]
+    steps: int
+
+
+class Phases:
+    """Measures phases, which may lie within each other: time counts for the innermost.
+
+    Use it as `with phases("optimizer"):`. On a GPU the host runs ahead of the device; the phases end where it waits for
+    the device in any case, or where `finish_gradients` makes it wait.
+
+    Attributes:
+        marked: the phases show up in profiles.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._open: list[str] = []
+        self._since = 0.0
+        self._steps = 0
+        self.marked = False
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time of the block for `phase`."""
+        self._charge()
+        self._open.append(phase)
+        try:
+            with _mark(phase) if self.marked else contextlib.nullcontext():
+                yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A step, with its phases within."""
+        with self("other"):
+            yield
+        self._steps += 1
+
+    def waiting(self, data: Any) -> Any:
+        """`data`, with the time that each batch takes counted as waiting for data."""
+        return None if data is None else self._timed(data)
+
+    def taken(self) -> Taken:
+        """What was measured since the last call."""
+        found = Taken(list(self._seconds.values()), self._steps)
+        self._seconds, self._steps = dict.fromkeys(PHASES, 0.0), 0
+        return found
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def _timed(self, data: Any) -> Iterator[Any]:
+        batches = iter(data)
+        while True:
+            with self("data_wait"):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
+
+
+def _mark(phase: str) -> contextlib.AbstractContextManager[object]:
+    from torch.profiler import record_function
+
+    return record_function(phase)
