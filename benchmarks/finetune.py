@@ -6,7 +6,7 @@
 - peft: `peft.get_peft_model` around transformers' model, scaled-dot-product attention, and `torch.optim.AdamW`.
 
 Rounds take turns, so that whatever else runs here slows both alike; medians of tokens per second of CPU are compared.
-Then the bytes of an adapter-only checkpoint's model part, and of the folder for peft, are set against the adapter's own.
+Then the bytes of an adapter-only checkpoint, and of the folder for peft, are set against the adapter's own.
 """
 
 import argparse
