@@ -90,6 +90,10 @@ class AdapterExport:
         """`adapter_config.json`."""
         modules, parameters = self._peft.shortened(self._table.settings)
         config = dict(self._table.config)
+        if inputs := config.get("feedforward_modules"):
+            # peft wants each of them word by word among the targets.
+            config["feedforward_modules"], _ = self._peft.shortened(inputs)
+            modules = sorted({*modules, *config["feedforward_modules"]})
         if parameters and (config["peft_type"] != "LORA" or config["use_dora"]):
             raise BridgeError(
                 f"peft has plain LoRA alone for parameters that are no layers: {', '.join(parameters)}; leave them out"
