@@ -211,3 +211,49 @@ def test_no_text_at_all(cli: Cli, folder: Path) -> None:
 
 def test_model_that_is_nowhere(cli: Cli, folder: Path) -> None:
     refuses_import(cli, folder, "nowhere", "'nowhere'", "local folder")
+
+
+RECIPE = ("train", "--recipe", "llama32_1b_pretrain_config")
+
+
+def test_a_run_that_cannot_be_is_refused_with_all_that_is_wrong(cli: Cli, folder: Path) -> None:
+    """Layout, data, folders, checkpoint and secrets at once, on two ranks that are never started."""
+    (folder / "file").write_text("mine")
+    (folder / "empty").mkdir()
+    before = sorted(folder.rglob("*"))
+    wrong = (
+        "model.tensor_model_parallel_size=3", "dataset.mock=false", "dataset.data_paths=[data/nowhere]",
+        "logger.folder=file/logs", "checkpoint.load=empty", "optimizer.lr=-1", "validation.eval_iters=0",
+        "logger.options={tracker: {api_key: abc}}", "comm_overlap.overlap_p2p_comm=true",
+    )  # fmt: skip
+    refused(
+        cli(*RECIPE, "--nproc", "2", "--run-folder", "run", *wrong, folder=folder),
+        "11 problems",
+        "tensor_model_parallel_size=3",
+        "needs a multiple of 3 ranks, and there are 2",
+        "no data at 'data/nowhere'",
+        "logger.folder='file/logs' cannot be written",
+        "is not a folder",
+        "checkpoint.load",
+        "optimizer.lr=-1",
+        "train.eval_iters=0 must be greater than 0",
+        "logger.options.tracker.api_key is a secret by its name",
+        "overlap_p2p_comm=True is for interleaved pipelines",
+    )
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_text_that_is_empty_or_absent(cli: Cli, folder: Path) -> None:
+    (folder / "empty").mkdir()
+    tokenizer = ("tokenizer.tokenizer_model=hf", "tokenizer.vocab_size=null", "model.vocab_size=512")
+    for path, said in (("empty", "no file at all"), ("nowhere.txt", "'nowhere.txt' does not exist")):
+        text = ("dataset=text", "dataset.mock=false", f"dataset.data_paths=[{path}]")
+        refused(cli(*RECIPE, *text, *tokenizer, folder=folder), said)
+
+
+def test_a_run_folder_in_the_place_of_a_file(cli: Cli, folder: Path) -> None:
+    (folder / "file").write_text("mine")
+    refused(
+        cli(*RECIPE, "--run-folder", "file", folder=folder), "logger.folder='file' cannot be written", "is not a folder"
+    )
+    assert (folder / "file").read_text() == "mine"

@@ -25,10 +25,13 @@ def train_biases(case: FamilyCase, fields: Mapping[str, Any]) -> None:
         setattr(provider, name, value)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False, pre_wrap_hook=BitFit())
     trained = [each for each in model.parameters() if each.requires_grad]
-    tokens, positions = case.tokens, torch.arange(case.tokens.shape[1]).expand_as(case.tokens)
-    # The decoder of an encoder-decoder reads the same tokens as its encoder.
-    inputs = (tokens, tokens, None, None, None) if getattr(model, "xattn_needed", False) else (tokens, positions, None)
-    model(*inputs).float().square().mean().backward()
+    for tokens, inputs in zip(case.tokens.split(1), case.inputs or [{}] * len(case.tokens), strict=True):
+        positions = torch.arange(tokens.shape[1])[None]
+        # The decoder of an encoder-decoder reads the same tokens as its encoder.
+        given = (
+            (tokens, tokens, None, None, None) if getattr(model, "xattn_needed", False) else (tokens, positions, None)
+        )
+        model(*given, **inputs).float().square().mean().backward()
     with torch.no_grad():
         for bias in trained:
             if bias.grad is not None:

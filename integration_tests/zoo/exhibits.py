@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron.bridge.errors import BridgeError, did_you_mean
@@ -76,13 +77,22 @@ def _other_names(found: Container[str]) -> dict[str, str]:
     return {offer.name: served[offer.target] for offer in offers if offer.name not in found and offer.target in served}
 
 
-def _of_module(path: Path) -> Iterator[Exhibit]:
+def module_at(path: Path) -> ModuleType:
+    """A module of tests, imported.
+
+    Raises:
+        BridgeError: it cannot be.
+    """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise BridgeError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    configs: Mapping[str, Any] = getattr(module, "CONFIGS", {})
+    return module
+
+
+def _of_module(path: Path) -> Iterator[Exhibit]:
+    configs: Mapping[str, Any] = getattr(module_at(path), "CONFIGS", {})
     for name, config in configs.items():
         yield Exhibit(name, config)
 

@@ -16,6 +16,7 @@ from megatron.bridge.testing import run_ranks
 from megatron.bridge.testing.families import FamilyCase, FamilyMismatch, compare_in_rank
 from megatron.bridge.testing.layouts import (
     EP,
+    ETP,
     EVERYWHERE,
     EXPERTS_EVERYWHERE,
     layout_fields,
@@ -25,6 +26,7 @@ from megatron.bridge.testing.layouts import (
 from zoo.biases import train_biases
 from zoo.exhibits import Exhibit
 from zoo.low_bit import in_fp8, read_low_bit
+from zoo.predictions import proven_predictions
 
 LAYER_SPEC = "torch"
 TOLERANCE = 1e-4
@@ -36,21 +38,26 @@ type Attempt = Callable[[FamilyCase, Mapping[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Specimen:
-    """An architecture's cases, made; `experts`: all of them are mixtures, `mtp`: one predicts several tokens."""
+    """An architecture's cases, made; `mixtures`: names of those with experts."""
 
     cases: tuple[FamilyCase, ...]
-    experts: bool
-    mtp: bool
+    mixtures: frozenset[str]
+
+    def at(self, layout: str) -> tuple[FamilyCase, ...]:
+        """The cases for which the layout means something."""
+        if not {EP, ETP} & layout_fields(layout).keys():
+            return self.cases
+        return tuple(case for case in self.cases if case.name in self.mixtures)
 
     @classmethod
     def of(cls, exhibits: Sequence[Exhibit], root: Path) -> "Specimen":
         """Make the cases below `root`."""
         cases = tuple(exhibit.case(root) for exhibit in exhibits)
         providers = [AutoBridge.from_hf_pretrained(case.folder).to_megatron_provider() for case in cases]
+        having = zip(cases, providers, strict=True)
         return cls(
             cases,
-            experts=all(getattr(provider, "num_moe_experts", None) for provider in providers),
-            mtp=any(getattr(provider, "mtp_num_layers", None) for provider in providers),
+            mixtures=frozenset(case.name for case, provider in having if getattr(provider, "num_moe_experts", None)),
         )
 
 
@@ -73,15 +80,19 @@ def prove(
     """
     with tempfile.TemporaryDirectory() as root:
         made = {name: Specimen.of(exhibits, Path(root)) for name, exhibits in group.items()}
-        layouts = {name: layout_names(experts=each.experts, quick=quick) for name, each in made.items()}
+        layouts = {name: layout_names(experts=bool(each.mixtures), quick=quick) for name, each in made.items()}
         found: dict[str, dict[str, Any]] = {}
         for layout in dict.fromkeys(layout for names in layouts.values() for layout in names):
-            cases = [case for name, each in made.items() if layout in layouts[name] for case in each.cases]
+            cases = [case for name, each in made.items() if layout in layouts[name] for case in each.at(layout)]
             found[layout] = outcomes(_logits_and_weights, cases, layout)
             worst = max((value for value in found[layout].values() if isinstance(value, float)), default=float("nan"))
             told(f"{layout}: {len(cases)} cases, logits within {worst:.1e}")
         biases, fp8 = _bitfit(made), _fp8(made, Path(root))
-    return {name: _capability(each, layouts[name], found, biases[name], fp8[name]) for name, each in made.items()}
+        predicted = proven_predictions(made, Path(root) / "mtp", told)
+    return {
+        name: _capability(each, layouts[name], found, biases[name], fp8[name], mtp=name in predicted)
+        for name, each in made.items()
+    }
 
 
 def layout_names(*, experts: bool, quick: bool) -> tuple[str, ...]:
@@ -143,12 +154,18 @@ def _logits_and_weights(case: FamilyCase, fields: Mapping[str, Any]) -> float:
 
 
 def _capability(
-    specimen: Specimen, names: Sequence[str], found: Mapping[str, Mapping[str, Any]], bitfit: str, fp8: str
+    specimen: Specimen,
+    names: Sequence[str],
+    found: Mapping[str, Mapping[str, Any]],
+    bitfit: str,
+    fp8: str,
+    *,
+    mtp: bool,
 ) -> Capability:
     layouts: dict[str, float] = {}
     unproven: dict[str, str] = {}
     for layout in names:
-        results = [found[layout][case.name] for case in specimen.cases]
+        results = [found[layout][case.name] for case in specimen.at(layout)]
         failed = next((each for each in results if isinstance(each, Failed)), None)
         if failed is None:
             layouts[layout] = float(f"{max(results):.1e}")
@@ -160,7 +177,7 @@ def _capability(
         unproven=unproven,
         peft={"BitFit": bitfit},
         low_bit={"FP8": fp8},
-        mtp=specimen.mtp,
+        mtp=mtp,
         layer_spec=LAYER_SPEC,
         date=datetime.now(UTC).date().isoformat(),
         versions={package: version(package) for package in ("torch", "megatron-core", "transformers")},
@@ -171,19 +188,25 @@ def _bitfit(made: Mapping[str, Specimen]) -> dict[str, str]:
     """What BitFit does to each architecture's first case that has biases."""
     cases = [case for each in made.values() for case in each.cases]
     single = outcomes(train_biases, cases, "single")
-    told = {}
-    for experts in (False, True):
-        # Training a mixture over tensor-parallel ranks takes sequence parallelism, and with it a gradient exchange
-        # that is not part of this.
-        layout = "ep2" if experts else "tp2"
-        chosen = {name: _first_with_biases(each, single) for name, each in made.items() if each.experts is experts}
-        spread = outcomes(train_biases, [case for case in chosen.values() if case is not None], layout)
+    first = {name: _first_with_biases(each, single) for name, each in made.items()}
+    told = dict.fromkeys(made, "nothing to train")
+    # Training a mixture over tensor-parallel ranks takes sequence parallelism, and with it a gradient exchange that is
+    # not part of this.
+    for layout, chosen in _by_layout(made, {name: case for name, case in first.items() if case is not None}).items():
+        spread = outcomes(train_biases, list(chosen.values()), layout)
         for name, case in chosen.items():
-            results = [] if case is None else [single[case.name], spread[case.name]]
-            failed = next((each for each in results if isinstance(each, Failed)), None)
+            failed = next((each for each in (single[case.name], spread[case.name]) if isinstance(each, Failed)), None)
             proven = f"one step at single and {layout} changes the biases and nothing else"
-            told[name] = f"not proven: {failed.reason}" if failed else (proven if results else "nothing to train")
+            told[name] = f"not proven: {failed.reason}" if failed else proven
     return told
+
+
+def _by_layout(made: Mapping[str, Specimen], chosen: Mapping[str, FamilyCase]) -> dict[str, dict[str, FamilyCase]]:
+    """One case per architecture, by the two ranks that divide it: experts, or else tensors."""
+    layouts: dict[str, dict[str, FamilyCase]] = {"tp2": {}, "ep2": {}}
+    for name, case in chosen.items():
+        layouts["ep2" if case.name in made[name].mixtures else "tp2"][name] = case
+    return layouts
 
 
 def _first_with_biases(specimen: Specimen, single: Mapping[str, Any]) -> FamilyCase | None:
@@ -197,9 +220,7 @@ def _fp8(made: Mapping[str, Specimen], root: Path) -> dict[str, str]:
     """What becomes of each architecture's first case with its matrices stored in FP8 blocks."""
     stored = {name: in_fp8(each.cases[0], root / "fp8" / name) for name, each in made.items()}
     told = {}
-    for experts in (False, True):
-        layout = "ep2" if experts else "tp2"
-        of_kind = {name: case for name, case in stored.items() if made[name].experts is experts}
+    for layout, of_kind in _by_layout(made, stored).items():
         found = outcomes(read_low_bit, list(of_kind.values()), layout)
         for name, case in of_kind.items():
             result = found[case.name]

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.serialization import load as core_load
 from megatron.core.dist_checkpointing.serialization import save as core_save
 
+from megatron.bridge.cli.root import run
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.conversion.checkpoint_layout import LATEST_POINTER, CheckpointError
 from megatron.bridge.testing import run_ranks
@@ -145,6 +146,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (folder / ".metadata").unlink()
     assert "'.metadata' is missing" in _failure(lambda: dist_checkpoint.resolve(folder))
     assert "points to '1'" in _failure(lambda: dist_checkpoint.resolve(tmp_path))
+
+
+def test_a_changed_file_is_found_by_its_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _single(lambda: dist_checkpoint.save(tmp_path, 1, _state(), side_files={"run.yaml": "a: 1"}) and None)
+    assert run(["inspect", str(tmp_path), "--digests"]) == 0
+    assert "4 files are as they were written" in capsys.readouterr().out
+    (tmp_path / "iter_0000001" / "run.yaml").write_text("a: 2")
+    assert run(["inspect", str(tmp_path), "--digests"]) == 1
+    assert "run.yaml has changed since it was written" in capsys.readouterr().err
+    (tmp_path / "iter_0000001" / "integrity.json").unlink()
+    assert run(["inspect", str(tmp_path), "--digests"]) == 1
+    assert "records no digests" in capsys.readouterr().err
 
 
 def test_a_path_that_is_no_checkpoint_says_what_is_there(tmp_path: Path) -> None:

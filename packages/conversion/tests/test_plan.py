@@ -121,6 +121,12 @@ def test_patterns_shift_indices_and_refuse_what_does_not_fit():
     assert pattern.match("mtp.1.x.0") is None
     assert pattern.format({"l": 3, "e": 0}) == "mtp.5.x.0"
     assert NamePattern("a.{l}.b.{l}").match("a.1.b.2") is None
+
+
+def test_a_rule_can_be_for_some_layers_only():
+    some = NamePattern("layers.{l=0,12}.x")
+    assert [layer for layer in range(20) if some.match(f"layers.{layer}.x")] == [0, 12]
+    assert (some.format({"l": 12}), some.skeleton, some.indices) == ("layers.12.x", "layers.#.x", ("l",))
     assert skeleton("a.10.w1.3") == "a.#.w1.#"
 
 

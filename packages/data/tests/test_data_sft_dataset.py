@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.bridge.data import DatasetBuildContext, SFTDatasetConfig, TokenizerConfig, build_tokenizer
+from megatron.bridge.data import (
+    DatasetBuildContext,
+    PreferenceDatasetConfig,
+    SFTDatasetConfig,
+    TokenizerConfig,
+    build_tokenizer,
+)
 from megatron.bridge.data.loaders import build_data_iterator
 from megatron.bridge.data.provider import DATASETS
 from megatron.bridge.data.tokenizers import Tokenizer
@@ -267,6 +273,28 @@ def test_files_per_split(tokenizer: Tokenizer, write: Callable[..., str]) -> Non
     settings = config(None, train_data_paths=[train_file], valid_data_paths=[valid_file])
     train, valid, test = build(settings, context(tokenizer))
     assert (len(train), len(valid), test) == (6, 3, None)
+
+
+def test_pairs_are_kept_whole(tokenizer: Tokenizer, write: Callable[..., str]) -> None:
+    asked = {"role": "user", "content": "Say."}
+    given: list[dict[str, Any]] = [
+        {"prompt": "Say.", "chosen": "yes", "rejected": "no"},
+        {"prompt": [asked], "chosen": [{"role": "assistant", "content": "so"}], "rejected": "word " * 100},
+        {name: [asked, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")},
+    ]
+    settings: dict[str, Any] = {"split": "1", "prompt_template": "chatml", "sequence_length": LENGTH}
+    pairs = PreferenceDatasetConfig(data_paths=[write(given)], truncation="drop", **settings)
+    train, _, _ = build(pairs, context(tokenizer, valid=0))
+    found = {}
+    for sample in (train[at] for at in range(len(train))):
+        start, middle, stop = sample["cu_seqlens"][:3].tolist()
+        kept = sample["loss_mask"].bool()
+        found[int(sample["pair"])] = [
+            tokenizer.detokenize(sample["labels"][edges][kept[edges]].tolist())
+            for edges in (slice(start, middle), slice(middle, stop))
+        ]
+    assert found == {0: ["yes<|im_end|>", "no<|im_end|>"], 3: ["chosen<|im_end|>", "rejected<|im_end|>"]}
+    assert "1 rows have lost one of their two answers and are left out" in "\n".join(train.notices)
 
 
 def test_ranks_read_what_rank_0_wrote_and_refuse_together(tokenizer: Tokenizer, write: Callable[..., str]) -> None:

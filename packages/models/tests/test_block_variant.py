@@ -55,8 +55,8 @@ def cases(tmp_path_factory):
     return {name: family_case(config, root / name, name) for name, config in configs.items()}
 
 
-# gpt-oss has biases in its experts, which Megatron-Core does not cut by tensor parallelism.
 WHOLE_EXPERTS = {name: {**LAYOUTS[name], "expert_tensor_parallel_size": 1} for name in ("tp2", "pp2", "vpp2")}
+DIVIDED_EXPERTS = {**LAYOUTS["sp2"], "expert_tensor_parallel_size": 2}
 # They choose experts, and have no gradient.
 SELECTION_BIASES = ("expert_bias", "e_score_correction_bias")
 
@@ -96,8 +96,8 @@ def gradients_of_megatron(cases, layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, WHOLE_EXPERTS["tp2"], {**WHOLE_EXPERTS["tp2"], "sequence_parallel": True}, LAYOUTS["tp4"]],
-    ids=["single", "tp2", "tp2+sp", "tp4"],
+    [{}, LAYOUTS["tp2"], {**WHOLE_EXPERTS["tp2"], "sequence_parallel": True}, DIVIDED_EXPERTS, LAYOUTS["tp4"]],
+    ids=["single", "tp2", "tp2+sp", "tp2+sp, experts divided", "tp4"],
 )
 def test_gradients_are_those_of_transformers(cases, tmp_path, layout):
     ranks = layout.get("tensor_model_parallel_size", 1)

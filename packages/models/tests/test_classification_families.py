@@ -261,7 +261,16 @@ def test_every_headed_decoder_of_transformers_is_found_and_named_as_there():
         assert {key: theirs[key] for key in theirs if key.startswith(("score.", "classifier."))} == expected, name
 
 
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForQuestionAnswering"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BertForSequenceClassification",
+        "LlamaForQuestionAnswering",
+        # On a decoder that is one part of several.
+        "Qwen3_5ForSequenceClassification",
+        "Qwen3_5ForTokenClassification",
+    ],
+)
 def test_a_head_without_an_offered_decoder_is_unknown(name):
     config = CONFIG_MAPPING["llama"](**SIZES, architectures=[name])
     assert not AutoBridge.supports(config)

@@ -99,12 +99,12 @@ def save_as_megatron_lm(folders, root, layout, prefix):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron.bridge.conversion import dist_checkpoint
+    from megatron.bridge.conversion import checkpoint_save, sharded_state
 
     for name, folder in folders.items():
         bridge = AutoBridge.from_hf_pretrained(folder)
         state = model_state(bridge.to_megatron_model(**layout))
-        weights = [shard for shard in dist_checkpoint._expanded(state) if isinstance(shard, ShardedTensor)]
+        weights = [shard for shard in sharded_state.expanded(state) if isinstance(shard, ShardedTensor)]
         if prefix:
             state = {
                 "model": {
@@ -119,7 +119,7 @@ def save_as_megatron_lm(folders, root, layout, prefix):
         state |= {"args": megatron_lm_args(CONFIGS[name]), "checkpoint_version": 3.0, "iteration": 7}
         target = root / name / "iter_0000007"
         target.mkdir(parents=True, exist_ok=True)
-        strategy = dist_checkpoint._plain_strategy()()
+        strategy = checkpoint_save.save_strategy()()
         dist_checkpointing.save(state, str(target), strategy, validate_access_integrity=False)
         (root / name / "latest_checkpointed_iteration.txt").write_text("7")
     return True

@@ -16,35 +16,17 @@ from transformers import (
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.live_weights import global_expert
-from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.conversion.plan import PlanError
 from megatron.bridge.conversion.table import WeightTable
-from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models import moe_fragments
 from megatron.bridge.models.routing import sigmoid_routing, softmax_routing
 from megatron.bridge.testing import RankFailed, random_model, run_ranks, save_random_model
+from megatron.bridge.testing.families import compare, expect_same_weights, family_case
+from megatron.bridge.testing.layouts import EP, ETP, TP, layout_fields, ranks_of
 
-TP, PP, VPP, EP, ETP = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
-# ranks, provider fields; experts are divided over tensor-parallel ranks as everything else unless ETP says otherwise
-LAYOUTS = {
-    "single": (1, {}),
-    "tp2": (2, {TP: 2}),
-    "pp2": (2, {PP: 2}),
-    "vpp2": (2, {PP: 2, VPP: 2}),
-    "ep2": (2, {EP: 2}),
-    "ep4": (4, {EP: 4}),
-    "tp2ep2": (4, {TP: 2, EP: 2}),
-    "tp2ep2etp1": (2, {TP: 2, EP: 2, ETP: 1}),
-    "etp2": (2, {ETP: 2}),
-    "pp2ep2": (4, {PP: 2, EP: 2}),
-}
+LAYOUTS = ("single", "tp2", "pp2", "vpp2", "ep2", "ep4", "tp2ep2", "tp2ep2etp1", "etp2", "pp2ep2")
+
 SIZES = {
     "vocab_size": 131,  # prime: no tensor-parallel size divides it
     "hidden_size": 64,
@@ -84,63 +66,36 @@ CONFIGS = {
     "exaone-moe": ExaoneMoeConfig(**EXAONE, sliding_window=5, sliding_window_pattern=2),
     "exaone-moe-full": ExaoneMoeConfig(**EXAONE, sliding_window=5, layer_types=["full_attention"] * 4),
 }
-TOKENS = torch.randint(0, SIZES["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """name -> (folder, its weights, transformers' logits)"""
+def cases(tmp_path_factory):
     root = tmp_path_factory.mktemp("moe-families")
-    cases = {}
-    for name, config in CONFIGS.items():
-        weights = save_random_model(config, root / name)
-        with torch.no_grad():
-            cases[name] = root / name, weights, random_model(config)(TOKENS).logits
-    return cases
-
-
-def assert_same_weights(name, exported, weights):
-    assert exported.keys() == weights.keys(), name
-    for key, tensor in exported.items():
-        assert torch.equal(tensor, weights[key]), f"{name}: {key}"
-
-
-def compare(folders, layout, spec, root):
-    """In one rank: largest relative difference of the logits by family; weights are asserted bitwise."""
-    differences = {}
-    for name, (folder, weights, reference) in folders.items():
-        bridge = AutoBridge.from_hf_pretrained(folder)
-        model = bridge.to_megatron_model(**layout, layer_spec=spec)
-        logits = megatron_logits(model, TOKENS)[..., : SIZES["vocab_size"]]
-        differences[name] = relative_difference(logits, reference)
-        assert_same_weights(name, dict(bridge.export_hf_weights(model)), weights)
-        if root is not None:
-            bridge.save_megatron_model(model, root / name)
-    return differences
+    return {name: family_case(config, root / name, name) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.parametrize(("layout", "spec"), [*((layout, "torch") for layout in LAYOUTS), ("tp2ep2", "local")])
-def test_logits_and_round_trip(folders, layout, spec):
-    ranks, fields = LAYOUTS[layout]
-    differences = run_ranks(ranks, compare, folders, fields, spec, None)[0]
-    assert differences.keys() == CONFIGS.keys()
-    assert max(differences.values()) < 1e-5, differences
+def test_logits_and_round_trip(cases, layout, spec):
+    assert compare(list(cases.values()), layout, spec).keys() == CONFIGS.keys()
 
 
-def reload_and_export(folders, root, layout):
-    for name, (_, weights, _) in folders.items():
+def save(cases, root, fields):
+    for name, case in cases.items():
+        bridge = AutoBridge.from_hf_pretrained(case.folder)
+        bridge.save_megatron_model(bridge.to_megatron_model(**fields), root / name)
+
+
+def reload(cases, root, fields):
+    for name, case in cases.items():
         bridge = AutoBridge.from_megatron_checkpoint(root / name)
-        model = bridge.load_megatron_model(root / name, **layout)
-        assert_same_weights(name, dict(bridge.export_hf_weights(model)), weights)
-    return True
+        expect_same_weights(case, bridge.export_hf_weights(bridge.load_megatron_model(root / name, **fields)))
 
 
 @pytest.mark.parametrize(("written", "read"), [("ep2", "pp2"), ("tp2", "ep2"), ("pp2ep2", "tp2ep2")])
-def test_a_checkpoint_written_at_one_layout_exports_at_another(folders, tmp_path, written, read):
-    ranks, fields = LAYOUTS[written]
-    run_ranks(ranks, compare, folders, fields, "torch", tmp_path)
-    ranks, fields = LAYOUTS[read]
-    assert all(run_ranks(ranks, reload_and_export, folders, tmp_path, fields))
+def test_a_checkpoint_written_at_one_layout_exports_at_another(cases, tmp_path, written, read):
+    for layout, work in ((written, save), (read, reload)):
+        fields = layout_fields(layout)
+        run_ranks(ranks_of(fields), work, cases, tmp_path, fields)
 
 
 def delete_each_rule(folder, layout):
@@ -161,12 +116,12 @@ def delete_each_rule(folder, layout):
 
 @pytest.mark.parametrize("layout", ["single", "ep2"])
 @pytest.mark.parametrize("name", ["dots1", "mixtral"])
-def test_without_any_one_rule_nothing_is_converted_and_the_weights_are_named(folders, name, layout):
-    ranks, fields = LAYOUTS[layout]
-    bridge = AutoBridge.from_hf_pretrained(folders[name][0])
+def test_without_any_one_rule_nothing_is_converted_and_the_weights_are_named(cases, name, layout):
+    fields, folder = layout_fields(layout), cases[name].folder
+    bridge = AutoBridge.from_hf_pretrained(folder)
     # Messages are cut after a dozen names, the first layer's experts among them.
     layer = list(bridge.model_bridge.moe_layers()).index(True)
-    for messages in run_ranks(ranks, delete_each_rule, folders[name][0], fields):
+    for messages in run_ranks(ranks_of(fields), delete_each_rule, folder, fields):
         for rule in bridge.model_bridge.mapping_registry().rules:
             dense = ".mlp.linear_fc" in rule.megatron
             indices = {"l": 0 if dense or "self_attention" in rule.megatron else layer, "e": 0}
@@ -176,9 +131,9 @@ def test_without_any_one_rule_nothing_is_converted_and_the_weights_are_named(fol
 
 
 @pytest.mark.parametrize(("layout", "share"), [("ep2", 1 / 2), ("ep4", 1 / 4), ("etp2", 1 / 2), ("pp2ep2", 1 / 4)])
-def test_every_rank_reads_only_the_experts_it_holds(folders, layout, share):
-    folder, weights, _ = folders["mixtral"]
-    total = sum(tensor.nbytes for name, tensor in weights.items() if ".experts." in name)
+def test_every_rank_reads_only_the_experts_it_holds(cases, layout, share):
+    case, fields = cases["mixtral"], layout_fields(layout)
+    total = sum(tensor.nbytes for name, tensor in case.weights.items() if ".experts." in name)
 
     def bytes_read():
         from megatron.bridge.conversion.hf import HFWeights
@@ -191,14 +146,14 @@ def test_every_rank_reads_only_the_experts_it_holds(folders, layout, share):
             return tensor
 
         HFWeights.read = counting
-        AutoBridge.from_hf_pretrained(folder).to_megatron_model(**LAYOUTS[layout][1])
+        AutoBridge.from_hf_pretrained(case.folder).to_megatron_model(**fields)
         return sum(read)
 
-    for count in run_ranks(LAYOUTS[layout][0], bytes_read):
+    for count in run_ranks(ranks_of(fields), bytes_read):
         assert count == share * total
 
 
-def stacked_round_trip(config, folder, state):
+def stacked_round_trip(folder, state):
     """In one rank: import of transformers' own state dict, in which experts are stacked, and its export."""
     bridge = AutoBridge.from_hf_pretrained(folder)
     table = bridge.model_bridge.mapping_registry()
@@ -213,13 +168,14 @@ def stacked_round_trip(config, folder, state):
     return exported, dict(bridge.export_hf_weights(model))
 
 
-def test_stacked_experts_are_the_same_experts(folders):
-    folder, weights, _ = folders["qwen3-moe"]
+def test_stacked_experts_are_the_same_experts(cases):
+    case = cases["qwen3-moe"]
     state = random_model(CONFIGS["qwen3-moe"]).state_dict()
     assert "model.layers.0.mlp.experts.gate_up_proj" in state
-    for stacked, single in run_ranks(2, stacked_round_trip, CONFIGS["qwen3-moe"], folder, state):
-        assert_same_weights("stacked", stacked, state)
-        assert_same_weights("single", single, weights)
+    for stacked, single in run_ranks(2, stacked_round_trip, case.folder, state):
+        assert stacked.keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in stacked.items())
+        expect_same_weights(case, iter(single.items()))
 
 
 def test_routing_biases_stay_in_fp32(tmp_path):
@@ -240,7 +196,7 @@ def test_routing_biases_stay_in_fp32(tmp_path):
         return dict(bridge.export_hf_weights(model))
 
     for exported in run_ranks(2, export):
-        assert_same_weights("bf16", exported, weights)
+        assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
         assert {name: tensor.dtype for name, tensor in exported.items()} == {n: t.dtype for n, t in weights.items()}
     half = AutoBridge.from_hf_pretrained(tmp_path / "half").source.weights
     assert torch.equal(half.read(bias), weights[bias])
@@ -262,16 +218,16 @@ def test_experts_of_grouped_modules_have_the_same_names():
         ({ETP: 5}, r"expert_tensor_parallel_size=5 does not divide moe_ffn_hidden_size=96; sizes that do: 1, 2, 3"),
     ],
 )
-def test_expert_parallelism_that_does_not_fit_says_what_would(folders, fields, message):
-    provider = AutoBridge.from_hf_pretrained(folders["mixtral"][0]).to_megatron_provider()
+def test_expert_parallelism_that_does_not_fit_says_what_would(cases, fields, message):
+    provider = AutoBridge.from_hf_pretrained(cases["mixtral"].folder).to_megatron_provider()
     for name, value in fields.items():
         setattr(provider, name, value)
     with pytest.raises(BridgeError, match=message):
         provider.finalize()
 
 
-def test_a_world_that_does_not_fit_the_experts_is_refused(folders):
-    folder, _, _ = folders["mixtral"]
+def test_a_world_that_does_not_fit_the_experts_is_refused(cases):
+    folder = cases["mixtral"].folder
     with pytest.raises(RankFailed, match=r"experts need a multiple of 4 ranks \(expert 2 x expert tensor 2"):
         run_ranks(2, lambda: AutoBridge.from_hf_pretrained(folder).to_megatron_model(**{TP: 2, EP: 2}))
 

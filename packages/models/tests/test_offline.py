@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.conversion import dist_checkpoint, sharded_state
 from megatron.bridge.conversion.checkpoint_layout import LATEST_POINTER
 from megatron.bridge.conversion.megatron_checkpoint import model_state
 from megatron.bridge.conversion.offline import export_checkpoint, import_checkpoint
@@ -134,7 +134,7 @@ def save_training(folder, root):
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = bridge.to_megatron_model(**{TP: 2})
     state = model_state(model)
-    expanded = dist_checkpoint._expanded(model_state(model))
+    expanded = sharded_state.expanded(model_state(model))
     state["optimizer"] = {
         shard.key + str(index): _renamed(shard, f"optimizer.state.exp_avg.{shard.key}")
         for index, shard in enumerate(expanded)

@@ -102,11 +102,11 @@ def test_killed_at_random_moments_and_resumed(source, tmp_path, direction):
 
 
 def test_a_kill_before_the_pointer_is_written_is_made_good(source, tmp_path, monkeypatch):
-    from megatron.bridge.conversion import dist_checkpoint
+    from megatron.bridge.conversion import checkpoint_files
 
     to_megatron(source, tmp_path / "reference")
     with monkeypatch.context() as patched:
-        patched.setattr(dist_checkpoint, "write_latest_pointer", lambda root, iteration: 1 / 0)
+        patched.setattr(checkpoint_files, "write_latest_pointer", lambda root, iteration: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             to_megatron(source, tmp_path / "target")
     with pytest.raises(CheckpointError):

@@ -16,15 +16,9 @@ from megatron.bridge.conversion.offline import export_checkpoint, import_checkpo
 from megatron.bridge.conversion.verify import relative_difference
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks, save_random_model
+from megatron.bridge.testing.layouts import PP, layout_fields, ranks_of
 
-TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
-LAYOUTS = {
-    "single": (1, {}),
-    "tp2": (2, {TP: 2}),
-    "pp2": (2, {PP: 2}),
-    "ep2": (2, {EP: 2}),
-    "tp2pp2": (4, {TP: 2, PP: 2}),
-}
+LAYOUTS = ("single", "tp2", "pp2", "ep2", "tp2pp2")
 LAYERS = 4
 MOE = {
     "vocab_size": 131,
@@ -96,16 +90,17 @@ def reference(folder, count):
     return torch.stack(logits)
 
 
+@torch.no_grad()
+def case(config, folder):
+    """(folder, its weights, transformers' logits)"""
+    weights = save_with_predictions(config, folder)
+    return folder, weights, reference(folder, config.num_nextn_predict_layers)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """name -> (folder, its weights, transformers' logits)"""
     root = tmp_path_factory.mktemp("prediction-layers")
-    made = {}
-    for name, config in CONFIGS.items():
-        weights = save_with_predictions(config, root / name)
-        with torch.no_grad():
-            made[name] = root / name, weights, reference(root / name, config.num_nextn_predict_layers)
-    return made
+    return {name: case(config, root / name) for name, config in CONFIGS.items()}
 
 
 def prediction_logits(model, count):
@@ -151,8 +146,8 @@ def assert_same(name, exported, weights):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_round_trip(folders, layout):
-    ranks, fields = LAYOUTS[layout]
-    for found in run_ranks(ranks, compare, folders, fields):
+    fields = layout_fields(layout)
+    for found in run_ranks(ranks_of(fields), compare, folders, fields):
         assert found.keys() == CONFIGS.keys()
         assert max(found.values()) < 1e-5, found
 
@@ -172,7 +167,7 @@ def reload(folders, root, fields, written):
 @pytest.mark.parametrize(("written", "read"), [("pp2", "tp2"), ("tp2", "pp2")])
 def test_a_checkpoint_written_at_one_layout_exports_at_another(folders, tmp_path, written, read):
     for layout, again in ((written, False), (read, True)):
-        run_ranks(2, reload, folders, tmp_path, LAYOUTS[layout][1], again)
+        run_ranks(2, reload, folders, tmp_path, layout_fields(layout), again)
 
 
 def described(root):

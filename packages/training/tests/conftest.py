@@ -23,6 +23,10 @@ from megatron.bridge.training.config import (
 SECTIONS = ("train", "checkpoint", "optimizer", "scheduler", "logger", "dataset", "tokenizer", "ddp", "rng")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, help="how often each set-up of test_training_kills.py is killed")
+
+
 def tiny_model(**changes: Any) -> GPTModelProvider:
     """4 layers, hidden 32: 50,000 weights."""
     values: dict[str, Any] = {

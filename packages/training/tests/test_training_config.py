@@ -255,7 +255,8 @@ def test_schedules_are_those_of_their_papers(make_run: Callable[..., Any]) -> No
         ({"end_weight_decay": 0.3}, "from 0.1 to 0.3, and scheduler.weight_decay_incr_style is 'constant'"),
         ({"end_weight_decay": 0.05, "weight_decay_incr_style": "linear"}, "must not be negative, nor fall"),
         ({"most_recent_k": 0, "save": "somewhere"}, "checkpoint.most_recent_k=0 must be greater than 0"),
-        ({"most_recent_k": 2}, "checkpoint.save is not: there is no folder to keep tidy"),
+        ({"most_recent_k": 2}, "checkpoint.most_recent_k is set, but checkpoint.save is not"),
+        ({"async_save": True}, "checkpoint.async_save is set, but checkpoint.save is not"),
     ],
 )
 def test_schedules_and_retention_that_cannot_be_are_refused(

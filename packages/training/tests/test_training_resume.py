@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron.bridge.conversion import dist_checkpoint
-from megatron.bridge.conversion.checkpoint_layout import CheckpointError, saved_iterations
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
+from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.overrides import apply_yaml
@@ -223,26 +223,33 @@ def test_without_any_whole_checkpoint_each_is_named(make_run: Callable[..., Any]
         make_run(load=str(tmp_path)).validate(1)
 
 
-@pytest.mark.parametrize("go_on", [False, True])
-def test_a_save_that_fails_is_tried_again(go_on: bool, make_run: Callable[..., Any], tmp_path: Path) -> None:
-    def work() -> tuple[int, list[int]]:
-        tried = []
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_learning_rates_are_those_of_the_present_configuration(
+    distributed_optimizer: bool, make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.rates: dict[int, float] = {}
 
-        def failing(*arguments: Any, **settings: Any) -> Path:
-            tried.append(arguments[1])
-            # Step 1 fails once, step 2 each time.
-            if tried.count(1) < 2 or arguments[1] == 2:
-                raise CheckpointError("No space left on device")
-            return save(*arguments, **settings)
+        def on_step_end(self, run: Any, result: Any) -> None:
+            self.rates[run.progress.iteration] = result.learning_rate
 
-        save, dist_checkpoint.save = dist_checkpoint.save, failing
-        settings = {"save": str(tmp_path), "save_interval": 1, "save_retries": 1, "go_on_without": go_on}
-        return pretrain(make_run(train_iters=3, **settings), forward_step).iteration, tried
+    def work() -> tuple[dict[int, float], dict[int, float]]:
+        settings = {"use_distributed_optimizer": distributed_optimizer}
+        pretrain(make_run(train_iters=3, save=str(tmp_path), **settings), forward_step)
+        rest, whole = Rates(), Rates()
+        pretrain(make_run(train_iters=5, load=str(tmp_path), lr=1e-3, **settings), forward_step, [rest])
+        pretrain(make_run(train_iters=5, lr=1e-3, **settings), forward_step, [whole])
+        return rest.rates, whole.rates
 
-    if go_on:
-        assert run_ranks(2, work) == [(3, [1, 1, 2, 2, 3])] * 2
-        assert saved_iterations(tmp_path) == [1, 3]
-    else:
-        with pytest.raises(RankFailed, match="No space left on device"):
-            run_ranks(2, work)
-        assert saved_iterations(tmp_path) == [1]
+    rest, whole = run_ranks(1, work)[0]
+    assert rest == {step: whole[step] for step in (4, 5)}
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(make_run: Callable[..., Any], tmp_path: Path) -> None:
+    run_ranks(1, pretrain, make_run(train_iters=1, save=str(tmp_path)), forward_step)
+    cfg = make_run(train_iters=2, load=str(tmp_path), **DISTRIBUTED)
+    with pytest.raises(RankFailed, match=r"set ddp\.use_distributed_optimizer=False and"):
+        run_ranks(1, pretrain, cfg, forward_step)
+    cfg.checkpoint.load_optim = False
+    assert run_ranks(1, pretrain, cfg, forward_step)[0].iteration == 2

@@ -16,6 +16,7 @@ from megatron.bridge.errors import BridgeError, did_you_mean
 LATEST_POINTER = "latest_checkpointed_iteration.txt"
 METADATA_FILE = ".metadata"
 
+_ANNOUNCED = f".{LATEST_POINTER}.partial"
 _ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 _RELEASE = "release"
 
@@ -72,20 +73,41 @@ def resolve(path: str | Path) -> Path:
 
 def write_latest_pointer(root: Path, iteration: int) -> None:
     """Make `iteration` the one to resume from; the old pointer stays whole until the new one is on disk."""
-    partial = root / f".{LATEST_POINTER}.partial"
-    with partial.open("w") as stream:
+    if _announced(root) != iteration:
+        announce_latest(root, iteration)
+    (root / _ANNOUNCED).replace(root / LATEST_POINTER)
+    sync_folder(root)
+
+
+def announce_latest(root: Path, iteration: int) -> None:
+    """Write down which iteration the pointer is about to name, before its folder gets its name.
+
+    Should the process die between the two, `announced_iteration` tells that the folder was verified.
+    """
+    with (root / _ANNOUNCED).open("w") as stream:
         stream.write(f"{iteration}")
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(root / LATEST_POINTER)
     sync_folder(root)
+
+
+def announced_iteration(root: Path) -> int | None:
+    """The iteration whose folder got its name, but not yet the pointer; `None` where nothing was left undone."""
+    announced = _announced(root)
+    return announced if announced in saved_iterations(root) else None
+
+
+def _announced(root: Path) -> int | None:
+    file = root / _ANNOUNCED
+    content = file.read_text(errors="replace") if file.is_file() else ""
+    return int(content) if content.isdecimal() else None
 
 
 def _read_pointer(root: Path) -> str | None:
     pointer = root / LATEST_POINTER
     if not pointer.is_file():
         return None
-    content = pointer.read_text().strip()
+    content = pointer.read_text(errors="replace").strip()
     if content != _RELEASE and not content.isdecimal():
         raise CheckpointError(
             f"{pointer} holds {content[:40]!r}, which is neither an iteration nor 'release'; "

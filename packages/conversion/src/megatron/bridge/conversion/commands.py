@@ -115,14 +115,19 @@ def diff_command(first: Path, second: Path, as_json: bool) -> None:
 @click.argument("model")
 @layout_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one entry per weight.")
+@click.option("--digests", is_flag=True, help="Only compare the files of a Megatron checkpoint with their digests.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the configuration code that the model ships.")
-def inspect(model: str, as_json: bool, trust_remote_code: bool, layout: dict[str, int]) -> None:
+def inspect(model: str, as_json: bool, digests: bool, trust_remote_code: bool, layout: dict[str, int]) -> None:
     """Show what becomes what, and which ranks of a layout hold it.
 
     MODEL is a Hugging Face folder, a hub id or a Megatron checkpoint.
     """
     from megatron.bridge.conversion import inspection
+    from megatron.bridge.conversion.integrity import refuse_changed
 
+    if digests:
+        click.echo(f"{refuse_changed(Path(model))} files are as they were written")
+        return
     rows = inspection.inspect_plan(model, trust_remote_code=trust_remote_code, layout=layout)
     click.echo(json.dumps(inspection.as_json(rows), indent=2) if as_json else inspection.as_table(rows))
     if not as_json:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SUFFIXES = ("ForSequenceClassification", "ForTokenClassification")
-# Architectures that are more than a decoder; transformers lists some of them among the causal language models.
+# Architectures that are more than a decoder; transformers lists some of them among the causal language models. Others
+# are listed there by the decoder that they have; that one is of a kind of its own too, called `KIND_text`.
 _OF_PARTS = "ForConditionalGeneration"
 # Families whose token classifiers are older than transformers' shared one; their head has a bias in any case.
 _WITH_CLASSIFIER = ("Bloom", "BioGpt", "Falcon", "GPT2", "GPTBigCode", "GPTNeo", "GPTNeoX", "Mpt")
@@ -105,7 +106,8 @@ def _known_heads() -> dict[str, Head]:
     ):
         for kind, architecture in names.items():
             own = per_token and architecture.removesuffix("ForTokenClassification") in _WITH_CLASSIFIER
-            if kind in decoders and not decoders[kind].endswith(_OF_PARTS):
+            of_parts = f"{kind}_text" in decoders or decoders.get(kind, "").endswith(_OF_PARTS)
+            if kind in decoders and not of_parts:
                 weight = "classifier" if own or kind in _SEQUENCE_CLASSIFIER else "score"
                 found[architecture] = Head(decoders[kind], weight, per_token, always_bias=own)
     return found

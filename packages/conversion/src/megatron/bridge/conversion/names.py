@@ -1,7 +1,7 @@
 """Weight names with indices: `decoder.layers.{l}.mlp.linear_fc1.weight`, `model.layers.{l+1}.norm.weight`.
 
 `{l}` stands for a layer, `{e}` for an expert; an offset shifts the index, so that both sides of a rule can count from
-different places.
+different places. `{l=0,2}` stands for these layers only, where others have a rule of their own.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-_INDEX = re.compile(r"\{([a-z])(?:\+(\d+))?\}")
+_INDEX = re.compile(r"\{([a-z])(?:\+(\d+))?(?:=(\d+(?:,\d+)*))?\}")
 # A part between dots, or the entry of a stacked weight in brackets.
 _DIGITS = re.compile(r"(?<![^.[])\d+(?![^].])")
 
@@ -23,7 +23,7 @@ def skeleton(name: str) -> str:
 
 @dataclass(frozen=True)
 class NamePattern:
-    """A weight name in which `{x}` or `{x+k}` stands for an index."""
+    """A weight name in which `{x}` or `{x+k}` stands for an index, and `{x=i,j}` for one of those given."""
 
     text: str
 
@@ -49,6 +49,11 @@ class NamePattern:
     def _offsets(self) -> tuple[int, ...]:
         return tuple(int(match[2] or 0) for match in _INDEX.finditer(self.text))
 
+    @cached_property
+    def _allowed(self) -> dict[str, frozenset[int]]:
+        """The values of an index variable, where the pattern gives them."""
+        return {match[1]: frozenset(map(int, match[3].split(","))) for match in _INDEX.finditer(self.text) if match[3]}
+
     def offset(self, variable: str) -> int:
         """What is added to an index variable; 0 where the pattern has no such variable."""
         return dict(zip(self.indices, self._offsets, strict=True)).get(variable, 0)
@@ -62,6 +67,8 @@ class NamePattern:
         for variable, digits, offset in zip(self.indices, found.groups(), self._offsets, strict=True):
             value = int(digits) - offset
             if value < 0 or indices.setdefault(variable, value) != value:
+                return None
+            if value not in self._allowed.get(variable, (value,)):
                 return None
         return indices
 

@@ -15,6 +15,18 @@ def gather[T](value: T) -> list[T]:
     return gathered
 
 
+def all_agree(opinion: bool) -> bool:
+    """Whether every rank says yes. Collective over the world; cheap enough for every step."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron.bridge.platform import device
+
+    agreed = torch.tensor(int(opinion), device=device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed)
+
+
 def gather_within[T](groups: Iterable[Any], value: T) -> dict[int, T]:
     """The `value` of every rank that `groups` join to this one, by rank. Collective over each group in turn."""
     import torch.distributed as dist
@@ -61,11 +73,16 @@ def on_every_rank[T](
     raise error_type(f"{doing}{where}: {' | '.join(texts[:3])}") from cause
 
 
-def on_rank_zero(work: Callable[[], object], doing: str, error_type: type[BridgeError] = BridgeError) -> None:
-    """Run `work` on rank 0; a failure there is raised on every rank. Collective over the world."""
+def on_rank_zero(
+    work: Callable[[], object],
+    doing: str,
+    error_type: type[BridgeError] = BridgeError,
+    groups: Iterable[Any] | None = None,
+) -> None:
+    """Run `work` on rank 0; a failure there is raised on every rank. Collective, as `on_every_rank` is."""
     import torch.distributed
 
-    on_every_rank(work if torch.distributed.get_rank() == 0 else lambda: None, doing, error_type)
+    on_every_rank(work if torch.distributed.get_rank() == 0 else lambda: None, doing, error_type, groups)
 
 
 def reason(error: BaseException) -> str:

@@ -62,7 +62,7 @@ def _in_step() -> bool:
     return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_NODELIST") is not None
 
 
-def initialize_distributed(timeout_seconds: float = 600.0) -> None:
+def initialize_distributed(timeout_seconds: float = 600.0, wanted: str | None = None) -> None:
     """Initialise torch.distributed once, choosing the device, the backend and the rendezvous.
 
     Under torchrun or srun the launcher's environment is used; a process started plainly becomes a world of one. Without
@@ -70,6 +70,7 @@ def initialize_distributed(timeout_seconds: float = 600.0) -> None:
 
     Args:
         timeout_seconds: how long a collective waits for an absent rank before it fails.
+        wanted: the backend; None for the one that suits the device.
 
     Raises:
         BridgeError: the launcher's environment is incomplete.
@@ -87,7 +88,7 @@ def initialize_distributed(timeout_seconds: float = 600.0) -> None:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     place = _environment_place()
     if place is None:
-        _initialize_alone(timeout)
+        _initialize_alone(timeout, wanted)
         return
     rank, world, local = place
     os.environ.setdefault("LOCAL_RANK", str(local))
@@ -97,10 +98,10 @@ def initialize_distributed(timeout_seconds: float = 600.0) -> None:
     os.environ.setdefault("MASTER_PORT", _slurm_port())
     if cuda_available():
         torch.cuda.set_device(device())
-    dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(wanted or backend(), rank=rank, world_size=world, timeout=timeout)
 
 
-def _initialize_alone(timeout: datetime.timedelta) -> None:
+def _initialize_alone(timeout: datetime.timedelta, wanted: str | None) -> None:
     import torch.distributed as dist
 
     from megatron.bridge.platform.device import backend
@@ -109,7 +110,7 @@ def _initialize_alone(timeout: datetime.timedelta) -> None:
     folder = tempfile.mkdtemp(prefix="megatron-bridge-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = dist.FileStore(f"{folder}/store", 1)
-    dist.init_process_group(backend(), store=store, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(wanted or backend(), store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def _first_slurm_node() -> str:

@@ -7,8 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron.bridge.data.datasets.energon import EnergonDatasetConfig as EnergonDatasetConfig
     from megatron.bridge.data.datasets.gpt import GPTDatasetConfig as GPTDatasetConfig
     from megatron.bridge.data.datasets.mock import MockGPTDatasetConfig as MockGPTDatasetConfig
+    from megatron.bridge.data.datasets.preference import PreferenceDatasetConfig as PreferenceDatasetConfig
     from megatron.bridge.data.datasets.sft import SFTDatasetConfig as SFTDatasetConfig
     from megatron.bridge.data.datasets.text import TextDatasetConfig as TextDatasetConfig
     from megatron.bridge.data.loaders import build_data_iterator as build_data_iterator
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     from megatron.bridge.data.tokenizers import build_tokenizer as build_tokenizer
 
 _MODULES = {
+    "EnergonDatasetConfig": "datasets.energon",
     "GPTDatasetConfig": "datasets.gpt",
     "MockGPTDatasetConfig": "datasets.mock",
+    "PreferenceDatasetConfig": "datasets.preference",
     "SFTDatasetConfig": "datasets.sft",
     "TextDatasetConfig": "datasets.text",
     "build_data_iterator": "loaders",

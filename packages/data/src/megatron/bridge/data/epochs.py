@@ -29,6 +29,7 @@ class Reshuffled(Dataset[Any]):
         if len(dataset) == 0:
             raise BridgeError("the dataset is empty: there is nothing to draw from, in any order")
         self.dataset, self.seed = dataset, seed
+        self.notices = getattr(dataset, "notices", ())
         self._epoch = -1
         self._order: NDArray[np.int64]
 

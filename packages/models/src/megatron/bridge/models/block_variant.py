@@ -14,9 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.heterogeneous_layers import HeterogeneousLayers
 from megatron.bridge.models.layer_specs.attention_beside_mamba import with_mamba
 from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
+from megatron.bridge.models.layer_specs.heterogeneous_layer import HeterogeneousLayer, with_heterogeneous_parts
 from megatron.bridge.models.layer_specs.moe_layer import VariantMoELayer
 from megatron.bridge.models.layer_specs.norms import ProjectionNorm, RowParallelLinearWithNorm, torch_norm
 from megatron.bridge.models.layer_specs.routers import VariantRouter
@@ -73,6 +75,7 @@ class BlockVariant:
         block_attention: tokens of a block see each other in both directions; the attention mask gives each token's
             block [batch, 1, 1, sequence], negative for those in none.
         layer_rope_parameters: where layers turn differently, `rope_parameters` of each layer (None: as the model's).
+        heterogeneous_layers: layers differ in size, share keys and values, or read inputs of their own.
     """
 
     pre_norm: bool = True
@@ -112,6 +115,7 @@ class BlockVariant:
     mrope_interleaved: bool = False
     block_attention: bool = False
     layer_rope_parameters: list[dict[str, Any]] | None = None
+    heterogeneous_layers: HeterogeneousLayers | None = None
 
 
 def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) -> Any:
@@ -128,8 +132,12 @@ def with_variant(spec: Any, config: TransformerConfig, variant: BlockVariant) ->
         raise BridgeError(
             "a parallel block has no selective recomputation; set recompute_granularity to 'full' or None"
         )
+    kind: dict[str, Any] = {"module": VariantLayer}
+    if variant.heterogeneous_layers is not None:
+        _refuse_misfit(variant.heterogeneous_layers, config)
+        kind = {"module": HeterogeneousLayer, "params": {"layers": variant.heterogeneous_layers}}
     layers = [
-        dataclasses.replace(layer, module=VariantLayer, submodules=_layer(layer.submodules, config, variant))
+        dataclasses.replace(layer, **kind, submodules=_layer(layer.submodules, config, variant))
         for layer in spec.layer_specs or ()
     ]
     return dataclasses.replace(spec, layer_specs=layers, layer_norm=_norm(spec.layer_norm, variant))
@@ -178,8 +186,23 @@ def _layer(
         self_attn_bda=bdas[0],
         mlp_bda=bdas[1],
     )
+    if variant.heterogeneous_layers is not None:
+        changed = with_heterogeneous_parts(changed, variant.heterogeneous_layers)
     beside = variant.mamba_beside_attention
     return changed if beside is None else with_mamba(changed, beside)
+
+
+def _refuse_misfit(layers: HeterogeneousLayers, config: TransformerConfig) -> None:
+    if len(layers.sizes) != config.num_layers:
+        raise BridgeError(
+            f"num_layers={config.num_layers}, and heterogeneous_layers describes {len(layers.sizes)} of them; a model "
+            "of other length needs a description of its own"
+        )
+    if layers.hands_on and config.recompute_granularity == "full":
+        raise BridgeError(
+            "layers that share keys and values or have inputs of their own cannot be recomputed whole; set "
+            "recompute_granularity to 'selective' or None"
+        )
 
 
 def _mixture(part: Any, variant: BlockVariant) -> Any:

@@ -39,7 +39,7 @@ class Capability:
         unproven: layout -> why it is not among them.
         peft: method -> what was proven of it, or why it does not apply.
         low_bit: format -> what was proven of a checkpoint stored in it, or why it is not.
-        mtp: whether a case with multi-token prediction is among them.
+        mtp: whether multi-token prediction was proven besides.
         layer_spec: layer spec of the proof.
         date: of the proof, YYYY-MM-DD.
         versions: of torch, megatron-core and transformers.

@@ -3,7 +3,8 @@
 Hugging Face names follow the Llama layout unless a family gives others; Megatron names are those of its checkpoints.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from megatron.bridge.conversion.shards import COLUMN, GATED_COLUMN, ROW
 from megatron.bridge.conversion.table import Tied, WeightRule
@@ -60,6 +61,19 @@ class HFNames:
 
 
 LLAMA_NAMES = HFNames()
+
+
+def at_layers(rules: Iterable[WeightRule], layers: Iterable[int]) -> list[WeightRule]:
+    """The rules for some layers only, where others have rules of their own for the same weights."""
+    some = f"{{l={','.join(map(str, layers))}}}"
+    return [
+        replace(
+            rule,
+            megatron=rule.megatron.replace("{l}", some),
+            hf=tuple(name.replace("{l}", some) for name in rule.hf_names),
+        )
+        for rule in rules
+    ]
 
 
 def embedding(vocab_size: int, names: HFNames = LLAMA_NAMES, norm: tuple[str, ...] = WEIGHT) -> list[WeightRule]:

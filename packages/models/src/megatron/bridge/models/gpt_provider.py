@@ -74,8 +74,11 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         """`vocab_size` rounded up so that every tensor-parallel rank holds an equal, well-aligned share."""
         if self.vocab_size is None:
             raise BridgeError("the model's vocab_size is not set; set it from the tokenizer")
+        return self._padded(self.vocab_size)
+
+    def _padded(self, rows: int) -> int:
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
-        return -(-self.vocab_size // multiple) * multiple
+        return -(-rows // multiple) * multiple
 
     def finalize(self) -> None:
         """Check the whole definition, without building anything.
@@ -99,12 +102,28 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         if self.virtual_pipeline_model_parallel_size is not None:
             # As Megatron-LM sets them: batched messages between two stages mix up the micro-batches of virtual stages.
             values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        if (layers := self.heterogeneous_layers) is not None:
+            values |= {"hetereogenous_dist_checkpoint": not layers.alike, "variable_seq_lengths": layers.hands_on}
         if self.loads_weights:
             values["perform_initialization"] = False
         try:
-            return self.config_class(**values)
+            return self._checked(values)
         except (ValueError, AssertionError, TypeError) as error:
             raise BridgeError(f"Megatron-Core refuses the model's configuration: {error}") from error
+
+    def _checked(self, values: dict[str, Any]) -> TransformerConfig:
+        """Megatron-Core's config of these values.
+
+        Megatron-Core refuses biases of experts that tensor parallelism divides: its own would be added once per rank.
+        Those of the layer spec `torch` are added once.
+        """
+        size = values["expert_tensor_parallel_size"]
+        torch_spec = (self.layer_spec or default_layer_spec()) == "torch"
+        if not (torch_spec and self.num_moe_experts and self.add_bias_linear) or size == 1:
+            return self.config_class(**values)
+        config = self.config_class(**{**values, "expert_tensor_parallel_size": 1})
+        config.expert_tensor_parallel_size = size or self.tensor_model_parallel_size
+        return config
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -168,7 +187,13 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
 
     def _model_class(self) -> Callable[..., Any]:
         from megatron.bridge.models.gpt_model import BridgeGPTModel
+        from megatron.bridge.models.heterogeneous_model import HeterogeneousGPTModel
 
+        if (layers := self.heterogeneous_layers) is not None:
+            if self.num_labels is not None:
+                raise BridgeError("num_labels: models of heterogeneous layers have no heads; set it to None")
+            rows = self._padded(layers.input_vocab_size)
+            return functools.partial(HeterogeneousGPTModel, layers=layers, input_rows=rows)
         if self.num_labels is None:
             return BridgeGPTModel
         from megatron.bridge.models.classification_head import HeadedGPTModel
@@ -193,11 +218,18 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             plain = {"rope_type": "default", "rope_theta": self.rotary_base}
             apply_multimodal_rope(model, self.rope_parameters or plain, positions, interleaved=self.mrope_interleaved)
         elif self.layer_rope_parameters is not None:
-            apply_layer_rope_parameters(model, self.layer_rope_parameters, positions)
+            apply_layer_rope_parameters(model, self.layer_rope_parameters, positions, self._head_sizes())
         elif self.rope_parameters is not None:
             apply_rope_parameters(model, self.rope_parameters, positions)
         elif self.rotary_reversed:
             model.rotary_pos_emb.inv_freq = -model.rotary_pos_emb.inv_freq
+
+    def _head_sizes(self) -> list[int] | None:
+        """Channels per head of every layer, where they differ."""
+        layers = self.heterogeneous_layers
+        if layers is None:
+            return None
+        return [layers.size(layer, "kv_channels", self) for layer in range(len(layers.sizes))]
 
     def replace(self, **changes: Any) -> "GPTModelProvider":
         """A copy with some fields changed; the hooks registered on this one are not carried over."""

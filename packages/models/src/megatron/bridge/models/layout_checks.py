@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 def layout_problems(provider: "GPTModelProvider") -> list[str]:
     """Every size that the layout cannot divide, in words."""
-    checks = (_sizes, _tensor_parallel, _latents, _pipeline_parallel, _experts)
+    checks = (_sizes, _tensor_parallel, _heterogeneous_layers, _latents, _pipeline_parallel, _experts)
     return [problem for check in checks for problem in check(provider)]
 
 
@@ -51,6 +51,15 @@ def _tensor_parallel(provider: "GPTModelProvider") -> Iterator[str]:
         yield f"tensor_model_parallel_size={size} does not divide ffn_hidden_size={ffn}; sizes that do: {fitting_ffn}"
     if provider.sequence_parallel and size == 1:
         yield "sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False"
+
+
+def _heterogeneous_layers(provider: "GPTModelProvider") -> Iterator[str]:
+    layers, told = provider.heterogeneous_layers, set(_tensor_parallel(provider))
+    for index, sizes in enumerate(layers.sizes if layers else ()):
+        for problem in _tensor_parallel(provider.replace(**sizes)):
+            if problem not in told:
+                told.add(problem)
+                yield f"layer {index}: {problem}"
 
 
 def _latents(provider: "GPTModelProvider") -> Iterator[str]:

@@ -78,7 +78,7 @@ class ModelProvider(ABC):
         else:
             _refuse_misfit(sizes, platform.world_size())
             parallel_state.initialize_model_parallel(**sizes)
-        model_parallel_cuda_manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, te_rng_tracker=getattr(self, "use_te_rng_tracker", False))
 
     def provide_distributed_model(
         self,

@@ -4,7 +4,7 @@ Sources: linear (kaiokendev, 2023), dynamic NTK (bloc97, 2023), YaRN (arXiv:2309
 Llama 3.1's frequency bands (arXiv:2407.21783).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,28 +41,32 @@ def apply_rope_parameters(model: Any, rope_parameters: dict[str, Any], max_posit
 
 
 def apply_layer_rope_parameters(
-    model: Any, layer_parameters: list[dict[str, Any]], max_position_embeddings: int
+    model: Any,
+    layer_parameters: list[dict[str, Any]],
+    max_position_embeddings: int,
+    head_sizes: Sequence[int] | None = None,
 ) -> None:
-    """Give every layer of a model its own rotary embedding; layers with equal parameters share one.
+    """Give every layer of a model its own rotary embedding; layers with equal parameters and head sizes share one.
 
     Args:
         model: a GPT model chunk that uses RoPE, of `VariantLayer`s.
         layer_parameters: `rope_parameters` of every layer of the whole model.
         max_position_embeddings: positions the Hugging Face configuration states.
+        head_sizes: channels per head of every layer of the whole model; None: all as the model's config says.
 
     Raises:
         BridgeError: as `apply_rope_parameters`.
     """
-    kinds: list[dict[str, Any]] = []
-    for parameters in layer_parameters:
-        if parameters not in kinds:
-            kinds.append(parameters)
-    size, percent = model.config.kv_channels, model.rotary_percent
-    frequencies = [_ScaledFrequencies(kind, max_position_embeddings, size, percent) for kind in kinds]
+    sizes = head_sizes or [model.config.kv_channels] * len(layer_parameters)
+    layers = list(zip(layer_parameters, sizes, strict=True))
+    kinds = [kind for index, kind in enumerate(layers) if kind not in layers[:index]]
+    percent = model.rotary_percent
+    frequencies = [_ScaledFrequencies(kind, max_position_embeddings, size, percent) for kind, size in kinds]
     plain: RotaryEmbedding = model.rotary_pos_emb
     model.rotary_pos_emb = _RotaryEmbeddingByKind(plain, [_ScaledRotaryEmbedding(plain, each) for each in frequencies])
     for layer in model.decoder.layers:
-        layer.rope_kind = kinds.index(layer_parameters[layer.layer_number - 1])
+        layer.rope_kind = kinds.index(layers[layer.layer_number - 1])
+        layer.rope_size = 2 * len(frequencies[layer.rope_kind].for_length(None)[0])
         layer.self_attention._yarn_concentration_factor = frequencies[layer.rope_kind].attention_factor
 
 
@@ -200,7 +204,7 @@ class _RotaryEmbeddingWithFactor(_ScaledRotaryEmbedding):
 
 
 class _RotaryEmbeddingByKind(RotaryEmbedding):
-    """Several rotary embeddings, stacked as `[kinds, sequence, 1, 1, size]`."""
+    """Several rotary embeddings, stacked as `[kinds, sequence, 1, 1, size]`; `size` is the largest one's."""
 
     def __init__(self, plain: RotaryEmbedding, kinds: list[_ScaledRotaryEmbedding]) -> None:
         nn.Module.__init__(self)
@@ -209,4 +213,6 @@ class _RotaryEmbeddingByKind(RotaryEmbedding):
         self.kinds = nn.ModuleList(kinds)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.stack([kind(*args, **kwargs) for kind in self.kinds])
+        angles = [kind(*args, **kwargs) for kind in self.kinds]
+        size = max(each.shape[-1] for each in angles)
+        return torch.stack([nn.functional.pad(each, (0, size - each.shape[-1])) for each in angles])

@@ -1,21 +1,24 @@
 """A run's checkpoints: model, optimizer, schedule, random state and data position, in Megatron-LM's key layout.
 
-`save_checkpoint` and `load_checkpoint` work on the parts, for a loop of one's own; `save`, `restore` and `start_from`
-on a `RunState`. How the files are written is `megatron.bridge.conversion.dist_checkpoint`'s business.
+`save_checkpoint` and `load_checkpoint` work on the parts, for a loop of one's own; `start_save` and
+`restore` on a `RunState`. How the files are written is `megatron.bridge.conversion.dist_checkpoint`'s business.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
 from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.conversion.checkpoint_layout import resolve
 from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state, state_keys
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.training.newest_whole import newest_whole, set_aside
+from megatron.bridge.training.data import stream_states as states_of_streams
+from megatron.bridge.training.hf_side import is_hf_folder
+from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.peft_section import fill_trained_part, trained_part
@@ -45,6 +48,7 @@ def save_checkpoint(
     consumed_samples: int | None = None,
     logger_states: Mapping[str, Any] | None = None,
     guard_state: Mapping[str, Any] | None = None,
+    stream_states: Sequence[bytes] = (),
 ) -> Path:
     """Write `cfg.checkpoint.save/iter_XXXXXXX` with everything needed to go on, with its side files. Collective.
 
@@ -55,6 +59,7 @@ def save_checkpoint(
         consumed_samples: training sequences drawn; None for those of `iteration` steps from the beginning.
         logger_states: by logger, what it needs to go on after a resume; rank 0's counts.
         guard_state: what the watch over faulty steps needs (`Guard.state_dict`).
+        stream_states: see `TrainProgress`; rank 0's count.
 
     Returns:
         The finished folder.
@@ -62,29 +67,78 @@ def save_checkpoint(
     Raises:
         BridgeError: no folder is configured, or it cannot be written.
     """
-    if cfg.checkpoint.save is None:
-        raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
     drawn = cfg.train.batch_sizes.samples_after(iteration) if consumed_samples is None else consumed_samples
-    state = _trained_state(model, cfg) | {
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-        "consumed_samples": drawn,
-        "parallel_layout": _layout(),
-        "rng_state": random_state(),
+    held = {
         "logger_states": dict(logger_states or {}),
         "guard_state": dict(guard_state or {}),
+        "stream_states": list(stream_states),
     }
-    if optimizer is not None:
-        prepare_optimizer_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
-    if scheduler is not None:
-        state["opt_param_scheduler"] = scheduler.state_dict()
-    with whole_parameters(model), tempfile.TemporaryDirectory() as scratch:
+    parts = model, optimizer, scheduler
+    with tempfile.TemporaryDirectory() as scratch:
+        saving = _start_save(TrainProgress(iteration, drawn), *parts, cfg, held, Path(scratch), False)
+        saving.write()
+        return saving.finish()
+
+
+def start_save(run: "RunState", scratch: Path) -> dist_checkpoint.CheckpointSave:
+    """Begin to save `run` as it is now; call `write()` and then `finish()` on what is returned. Collective.
+
+    With `checkpoint.async_save` a thread writes, and the run may go on between the two.
+
+    Args:
+        scratch: an empty folder that stays until the save is over.
+
+    Raises:
+        BridgeError: no folder is configured, or the run cannot be described.
+    """
+    in_background = run.cfg.checkpoint.async_save
+    parts = run.model, run.optimizer, run.scheduler
+    run.progress.stream_states = states_of_streams(run.streams)
+    held = {
+        "logger_states": dict(run.logger_states),
+        "guard_state": dict(run.guard.state_dict()),
+        "stream_states": run.progress.stream_states,
+    }
+    return _start_save(run.progress, *parts, run.cfg, held, scratch, in_background)
+
+
+def _start_save(
+    progress: TrainProgress,
+    model: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    cfg: "ConfigContainer",
+    held: Mapping[str, Any],
+    scratch: Path,
+    background: bool,
+) -> dist_checkpoint.CheckpointSave:
+    if cfg.checkpoint.save is None:
+        raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
+    with whole_parameters(model):
+        state = _trained_state(model, cfg) | {
+            "checkpoint_version": 3.0,
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+            "parallel_layout": _layout(),
+            "distributed_optimizer": cfg.ddp.use_distributed_optimizer,
+            "rng_state": random_state(),
+            **held,
+        }
+        if optimizer is not None:
+            prepare_optimizer_state(optimizer)
+            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
+        if scheduler is not None:
+            state["opt_param_scheduler"] = scheduler.state_dict()
         beside = on_every_rank(
-            lambda: side_files(cfg, Path(scratch)) if platform.is_rank_zero() else {}, "cannot describe the run"
+            lambda: side_files(cfg, scratch) if platform.is_rank_zero() else {}, "cannot describe the run"
         )
-        return dist_checkpoint.save(
-            cfg.checkpoint.save, iteration, state, side_files=beside, content_metadata=dict(_SHARDING)
+        return dist_checkpoint.start_save(
+            cfg.checkpoint.save,
+            progress.iteration,
+            state,
+            side_files=beside,
+            content_metadata=dict(_SHARDING),
+            background=background,
         )
 
 
@@ -102,13 +156,19 @@ def load_checkpoint(model: list[Any], optimizer: Any, scheduler: Any, cfg: "Conf
     Raises:
         BridgeError: no checkpoint, a damaged one, or one of another model; the message names the key or the file.
     """
-    if cfg.checkpoint.load is None:
+    path = resumed_path(cfg.checkpoint)
+    if path is None:
         raise BridgeError("checkpoint.load is not set: there is nothing to load from")
-    return _progress(_load(newest_whole(cfg.checkpoint.load).folder, model, optimizer, scheduler, cfg))
+    found = newest_whole(path, every_bit=True)
+    return _progress(_load(found.folder, model, optimizer, scheduler, cfg))
 
 
 def _progress(loaded: Mapping[str, Any]) -> TrainProgress:
-    return TrainProgress(iteration=loaded["iteration"], consumed_samples=loaded["consumed_samples"])
+    return TrainProgress(
+        iteration=loaded["iteration"],
+        consumed_samples=loaded["consumed_samples"],
+        stream_states=loaded.get("stream_states", ()),
+    )
 
 
 def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "ConfigContainer") -> Mapping[str, Any]:
@@ -126,6 +186,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     else:
         ignore += ("rng_state",)
     if optimizer is not None and cfg.checkpoint.load_optim:
+        _refuse_other_optimizer(folder, common, cfg)
         prepare_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_SHARDING))
     else:
@@ -133,7 +194,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
     _fill_trained(model, loaded, cfg)
     if "optimizer" in state:
-        load_optimizer_state(optimizer, loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"], common["optimizer"])
     elif optimizer is not None:
         optimizer.reload_model_params()
     if scheduler is not None and cfg.checkpoint.load_optim:
@@ -145,6 +206,16 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     return common | {key: loaded[key] for key in ("iteration", "consumed_samples")}
 
 
+def _refuse_other_optimizer(folder: Path, common: Mapping[str, Any], cfg: "ConfigContainer") -> None:
+    saved = common.get("distributed_optimizer", cfg.ddp.use_distributed_optimizer)
+    if saved != cfg.ddp.use_distributed_optimizer:
+        raise BridgeError(
+            f"{folder} holds the state of {'the' if saved else 'an optimizer that is not the'} distributed optimizer; "
+            f"set ddp.use_distributed_optimizer={saved} and optimizer.use_distributed_optimizer={saved}, or "
+            "checkpoint.load_optim=False to go on with fresh moments"
+        )
+
+
 def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
     """Load a checkpoint's weights alone, e.g. those that `AutoBridge.import_ckpt` converted. Collective."""
     loaded = dist_checkpoint.load(path, _model_state(model), ignore=BESIDES_WEIGHTS)
@@ -153,30 +224,28 @@ def load_weights(model: list[Any], optimizer: Any, path: str | Path) -> None:
         optimizer.reload_model_params()
 
 
-def save(run: "RunState") -> Path:
-    """Save `run` as it is now."""
-    progress = run.progress
-    return save_checkpoint(
-        progress.iteration,
-        run.model,
-        run.optimizer,
-        run.scheduler,
-        run.cfg,
-        progress.consumed_samples,
-        run.logger_states,
-        run.guard.state_dict(),
-    )
+def starting_point(cfg: "ConfigContainer") -> Found | None:
+    """The checkpoint that the run starts from, looked through to the last bit; None where there is none. Collective.
+
+    Raises:
+        BridgeError: `checkpoint.load` or `checkpoint.pretrained_checkpoint` names nothing that is whole.
+    """
+    resumed, pretrained = resumed_path(cfg.checkpoint), cfg.checkpoint.pretrained_checkpoint
+    if resumed is not None:
+        return newest_whole(resumed, every_bit=True)
+    if pretrained is None or is_hf_folder(pretrained):
+        return None
+    return newest_whole(resolve(pretrained), every_bit=True)
 
 
-def restore(run: "RunState") -> None:
-    """Put `run` where `checkpoint.load` left off.
+def restore(run: "RunState", found: Found) -> None:
+    """Put `run` where the checkpoint `found` left off.
 
     Raises:
         BridgeError: see `load_checkpoint`.
     """
     checkpoint = run.cfg.checkpoint
     assert checkpoint.load is not None
-    found = newest_whole(checkpoint.load)
     loaded = _load(found.folder, run.model, run.optimizer, run.scheduler, run.cfg)
     run.progress = _progress(loaded)
     run.logger_states = dict(loaded.get("logger_states", {}))
@@ -185,12 +254,6 @@ def restore(run: "RunState") -> None:
     run.notices += found.notices()
     if checkpoint.save is not None and Path(checkpoint.save).resolve() == Path(checkpoint.load).resolve():
         set_aside(found)
-
-
-def start_from(run: "RunState") -> None:
-    """Give a fresh run the weights of `checkpoint.pretrained_checkpoint`."""
-    assert run.cfg.checkpoint.pretrained_checkpoint is not None
-    load_weights(run.model, run.optimizer, run.cfg.checkpoint.pretrained_checkpoint)
 
 
 def _model_state(model: list[Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.tokenizers.config import TokenizerConfig
 from megatron.bridge.training.batch_sizes import BatchSizes, batch_sizes
+from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 
@@ -30,6 +31,7 @@ _LAZY = {
 
 __all__ = [
     "CheckpointConfig",
+    "CommOverlapConfig",
     "ConfigContainer",
     "DatasetBuildContext",
     "DatasetProvider",
@@ -46,6 +48,7 @@ __all__ = [
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]
 
 
@@ -100,6 +103,19 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
+class ValidationConfig:
+    """Evaluation, in a section of its own: what is set here takes the place of the same fields of `train`.
+
+    Attributes:
+        eval_interval: steps between evaluations on the validation split.
+        eval_iters: global batches per evaluation.
+    """
+
+    eval_interval: int | None = None
+    eval_iters: int | None = None
+
+
+@dataclass(kw_only=True)
 class SchedulerConfig:
     """How learning rate and weight decay move from step to step (Megatron-Core's `OptimizerParamScheduler`).
 
@@ -141,26 +157,34 @@ class CheckpointConfig:
     Attributes:
         save: folder for this run's checkpoints; None saves nothing.
         save_interval: steps between checkpoints; the last step is saved in any case.
+        async_save: write in the background while training goes on, from copies of the tensors in host memory; the bytes
+            are those of the step that is saved. The last save of a run is waited for.
         most_recent_k: how many of this run's newest checkpoints to keep; None keeps all. An older one goes only after a
             newer one was verified.
         save_retries: how often a save that failed is tried again, after a second, two, four, ...
         go_on_without: whether training goes on after a save that failed for good; the last one of a run must not fail.
         load: checkpoint root or iteration folder to resume from, with optimizer, schedule and data position. Under a
             root the newest that is whole is taken, and what is wrong with newer ones is told.
+        ckpt_step: iteration under the root `load` to resume from, instead of the newest.
         load_optim: restore optimizer and schedule too.
         load_rng: restore the random state too (where the parallel layout is the same).
-        pretrained_checkpoint: checkpoint whose weights a fresh run starts from, e.g. made by `AutoBridge.import_ckpt`.
+        pretrained_checkpoint: what a fresh run takes its weights from: a Megatron checkpoint (made by
+            `AutoBridge.import_ckpt`, by a run, or by Megatron-LM's torch_dist format), or a Hugging Face folder.
+        hf_save_path: Hugging Face folder to write when the run has done all its steps.
     """
 
     save: str | None = None
     save_interval: int | None = None
+    async_save: bool = False
     most_recent_k: int | None = None
     save_retries: int = 2
     go_on_without: bool = False
     load: str | None = None
+    ckpt_step: int | None = None
     load_optim: bool = True
     load_rng: bool = True
     pretrained_checkpoint: str | None = None
+    hf_save_path: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -252,16 +276,29 @@ class ProfilingConfig:
 
 @dataclass(kw_only=True)
 class RNGConfig:
-    """Random state. `seed`: seeds weights, dropout and the order of data loading."""
+    """Random state.
+
+    Attributes:
+        seed: of weights, dropout and the order of data loading.
+        te_rng_tracker: keep the random states of model-parallel regions in Transformer Engine's tracker, which CUDA
+            graphs need.
+    """
 
     seed: int = 1234
+    te_rng_tracker: bool = False
 
 
 @dataclass(kw_only=True)
 class DistributedInitConfig:
-    """How ranks meet. `timeout_seconds`: how long a collective waits for an absent rank before the run fails."""
+    """How ranks meet.
+
+    Attributes:
+        timeout_seconds: how long a collective waits for an absent rank before the run fails.
+        distributed_backend: `nccl` or `gloo`; None for what the machine has.
+    """
 
     timeout_seconds: float = 600.0
+    distributed_backend: Literal["nccl", "gloo"] | None = None
 
 
 def _optimizer() -> "OptimizerConfig":
@@ -291,6 +328,7 @@ class ConfigContainer:
     model: Any
     dataset: DatasetProvider
     train: TrainingConfig
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     optimizer: "OptimizerConfig" = field(default_factory=_optimizer)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -298,6 +336,7 @@ class ConfigContainer:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ddp: "DistributedDataParallelConfig" = field(default_factory=_ddp)
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    comm_overlap: CommOverlapConfig = field(default_factory=CommOverlapConfig)
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)

@@ -1,15 +1,18 @@
 """From the configuration's dataset to the iterators of this rank."""
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.data.epochs import Reshuffled
 from megatron.bridge.data.loaders import build_data_iterator
+from megatron.bridge.data.streamed import LoaderPlace, StreamedBatches, StreamedDataset
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.validation import dataset_context, run_tokenizer
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
-    from megatron.bridge.training.state import Batches
+    from megatron.bridge.training.state import Batches, RunState
 
 
 def build_datasets(cfg: "ConfigContainer") -> tuple[Any, Any]:
@@ -47,7 +50,14 @@ def batches_per_chunk(
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     # Attention on every stage asks where the documents of a packed sample begin.
-    ends = ends or getattr(dataset, "packed", False)
+    ends = ends or getattr(cfg.dataset, "packing", False)
+    if isinstance(dataset, StreamedDataset):
+        place = LoaderPlace(
+            micro_batch_size=cfg.train.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        )
+        return [dataset.batches(place) if ends else None for _ in range(num_chunks)]
     return [
         build_data_iterator(
             dataset,
@@ -63,3 +73,45 @@ def batches_per_chunk(
         else None
         for _ in range(num_chunks)
     ]
+
+
+def training_batches(run: "RunState", dataset: Any) -> list["Batches"]:
+    """The training data from where the run stands, one iterator per model chunk; `run.streams` keeps them, too."""
+    sizes = run.cfg.train.batch_sizes.at
+    run.streams = batches_per_chunk(run.cfg, dataset, len(run.model), sizes, run.progress.consumed_samples)
+    if run.progress.iteration > 0:
+        load_stream_states(run.streams, run.progress.stream_states)
+    return run.streams
+
+
+def stream_states(data: list["Batches"]) -> list[bytes]:
+    """By data-parallel rank, where its stream stands. Empty where the samples drawn say it already. Collective."""
+    from megatron.core import parallel_state
+
+    from megatron.bridge.conversion.rank_agreement import gather
+
+    mine = next((pickle.dumps(each.state_dict()) for each in data if isinstance(each, StreamedBatches)), None)
+    states = {
+        rank: state for rank, state in gather((parallel_state.get_data_parallel_rank(), mine)) if state is not None
+    }
+    return [states[rank] for rank in sorted(states)]
+
+
+def load_stream_states(data: list["Batches"], states: Sequence[bytes]) -> None:
+    """Put this rank's streams where `stream_states` found them.
+
+    Raises:
+        BridgeError: the states are of another number of data-parallel ranks.
+    """
+    from megatron.core import parallel_state
+
+    streams = [each for each in data if isinstance(each, StreamedBatches)]
+    ranks = parallel_state.get_data_parallel_world_size()
+    if streams and len(states) != ranks:
+        raise BridgeError(
+            f"the checkpoint holds the position of {len(states)} data-parallel ranks in the data, and there are "
+            f"{ranks}; such data are divided among the ranks, so resume with as many, or begin anew with "
+            "checkpoint.pretrained_checkpoint"
+        )
+    for stream in streams:
+        stream.load_state_dict(pickle.loads(states[parallel_state.get_data_parallel_rank()]))

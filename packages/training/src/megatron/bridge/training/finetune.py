@@ -32,14 +32,19 @@ def finetune(cfg: "ConfigContainer", forward_step: Any = None, callbacks: "Seque
     from megatron.bridge.training import gpt_step
     from megatron.bridge.training.pretrain import pretrain
 
+    check_start(cfg)
+    cfg.model.calculate_per_token_loss = True
+    return pretrain(cfg, forward_step or gpt_step.forward_step, callbacks)
+
+
+def check_start(cfg: "ConfigContainer") -> None:
+    """Refuse a run without weights to start from."""
     start = cfg.checkpoint.load or cfg.checkpoint.pretrained_checkpoint
     if start is None and not getattr(cfg.model, "loads_weights", False):
         raise BridgeError(
             "there are no weights to tune; set checkpoint.pretrained_checkpoint (a Megatron checkpoint), or make the "
             "provider by AutoBridge.from_hf_pretrained(...).to_megatron_provider(); pretrain() starts from random ones"
         )
-    cfg.model.calculate_per_token_loss = True
-    return pretrain(cfg, forward_step or gpt_step.forward_step, callbacks)
 
 
 def finetune_config(
@@ -77,7 +82,7 @@ def finetune_config(
             tokenizer_model=folder, vocab_size=provider.vocab_size, trust_remote_code=trust_remote_code
         ),
         # How long to train follows from the data: `plan_length`.
-        train=c.TrainingConfig(train_iters=0, global_batch_size=16),
+        train=c.TrainingConfig(global_batch_size=16),
         optimizer=c.OptimizerConfig(optimizer="adam", lr=1e-5, min_lr=1e-6, weight_decay=0.01, clip_grad=1.0),
         scheduler=c.SchedulerConfig(lr_decay_style="cosine", lr_warmup_fraction=0.03),
         checkpoint=c.CheckpointConfig(pretrained_checkpoint=checkpoint),
@@ -118,7 +123,8 @@ def plan_length(cfg: "ConfigContainer", epochs: float) -> None:
         document_multiple=chunks_of_sequence(cfg.model),
     )
     tuned, evaluated, _ = cfg.dataset.build_train_valid_test_datasets(context)
-    train.train_iters = train.train_iters or max(1, math.ceil(epochs * len(tuned) / batch))  # type: ignore[arg-type]
+    if train.train_iters is None and train.train_samples is None:
+        train.train_iters = max(1, math.ceil(epochs * len(tuned) / batch))  # type: ignore[arg-type]
     if train.eval_interval is None:
-        train.eval_interval = max(1, train.train_iters // _EVALUATIONS)
+        train.eval_interval = max(1, train.total_iters // _EVALUATIONS)
         train.eval_iters = math.ceil(len(evaluated) / batch)  # type: ignore[arg-type]

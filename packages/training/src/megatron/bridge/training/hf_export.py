@@ -1,11 +1,13 @@
 """The trained model as a Hugging Face folder when a run ends."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.best import best_folder
 from megatron.bridge.training.callbacks import Callback
+from megatron.bridge.training.hf_side import bridge_of
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -32,12 +34,13 @@ class ExportHF(Callback):
 
     def on_train_end(self, run: "RunState", result: "TrainResult") -> None:
         from megatron.bridge.conversion.checkpoint_layout import saved_iterations
-        from megatron.bridge.training.checkpoint import load_weights
+        from megatron.bridge.training.checkpoint import load_checkpoint
 
         if result.stopped_by not in _ENDS:
             return
         if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
-            load_weights(run.model, None, best_folder(run.cfg))
+            best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
+            load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
         _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
 
 
@@ -49,7 +52,7 @@ def _bridge(cfg: "ConfigContainer") -> Any:
     """
     from megatron.bridge import AutoBridge
 
-    bridge = getattr(cfg.model, "bridge", None)
+    bridge = bridge_of(cfg)
     start = cfg.checkpoint.load or cfg.checkpoint.pretrained_checkpoint
     if bridge is None and start is None:
         raise BridgeError(

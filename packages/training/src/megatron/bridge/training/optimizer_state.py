@@ -7,6 +7,8 @@ other's steps. With Transformer Engine's or apex's Adam there is no `step` tenso
 
 from typing import Any
 
+from megatron.bridge.training.optimizer_parts import by_part
+
 
 def prepare_optimizer_state(optimizer: Any) -> None:
     """Give parameters that were never stepped the state that they would have: zero moments at step 0."""
@@ -23,18 +25,27 @@ def prepare_optimizer_state(optimizer: Any) -> None:
                     }
 
 
-def load_optimizer_state(optimizer: Any, state: Any) -> None:
-    """`optimizer.load_state_dict(state)`, with a `step` of its own for each parameter afterwards."""
+def load_optimizer_state(optimizer: Any, state: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    """`optimizer.load_state_dict(state)` at any layout, with the present settings and a `step` for each parameter.
+
+    Args:
+        state: what was loaded for `optimizer.sharded_state_dict`.
+        saved: the values in it that are not sharded, arranged as when they were saved.
+    """
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(parts) == 1 and isinstance(parts[0], DistributedOptimizer) and _torch_adams(optimizer):
-        _load_distributed(parts[0], state)
-    else:
-        if _torch_adams(optimizer):
-            _restore_step_zero([state] if len(parts) == 1 else list(state.values()))
-        optimizer.load_state_dict(state)
+    states = by_part(state, saved, parts)
+    if not _torch_adams(optimizer):
+        optimizer.load_state_dict(states[0] if len(parts) == 1 else dict(enumerate(states)))
+        return
+    for part, held in zip(parts, states, strict=True):
+        if isinstance(part, DistributedOptimizer):
+            _load_distributed(part, held)
+        else:
+            _restore_step_zero(held)
+            part.load_state_dict(held)
     for inner in _torch_adams(optimizer):
         for held in inner.state.values():
             held["step"] = torch.as_tensor(held.get("step", 0.0), dtype=torch.float32).clone()
@@ -51,12 +62,11 @@ def _load_distributed(optimizer: Any, state: dict[str, Any]) -> None:
         inner.state[parameter]["step"] = step
 
 
-def _restore_step_zero(states: list[Any]) -> None:
+def _restore_step_zero(state: dict[str, Any]) -> None:
     """Megatron-Core leaves a shared step of 0 out when it saves; torch's AdamW does not load without one."""
     import torch
 
-    for state in states:
-        state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+    state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _torch_adams(optimizer: Any) -> list[Any]:

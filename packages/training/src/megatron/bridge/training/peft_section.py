@@ -31,9 +31,13 @@ def peft_problems(cfg: "ConfigContainer") -> Iterator[str]:
 def apply_peft(cfg: "ConfigContainer", chunks: "list[Any]") -> "list[Any]":
     """Give bare chunks the weights they start from, then the method: what it makes of weights must see these."""
     from megatron.bridge.training.checkpoint import load_weights
+    from megatron.bridge.training.hf_side import is_hf_folder, load_hf
 
-    if cfg.checkpoint.pretrained_checkpoint is not None:
-        load_weights(chunks, None, cfg.checkpoint.pretrained_checkpoint)
+    start = cfg.checkpoint.pretrained_checkpoint
+    if start is not None and is_hf_folder(start):
+        load_hf(cfg, chunks, None)
+    elif start is not None:
+        load_weights(chunks, None, start)
     bound: list[Any] = cfg.peft(chunks, training=True)
     return bound
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Which checkpoints of a run stay, and what goes that is none."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.conversion.checkpoint_layout import CheckpointError, iteration_folder, resolve, saved_iterations
 from megatron.bridge.conversion.rank_agreement import on_rank_zero
+from megatron.bridge.training.hf_side import is_hf_folder
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import CheckpointConfig
@@ -19,7 +20,7 @@ def forget_older(checkpoint: "CheckpointConfig") -> None:
     if checkpoint.save is None or checkpoint.most_recent_k is None:
         return
     root, start, newest = Path(checkpoint.save), checkpoint.pretrained_checkpoint, checkpoint.most_recent_k
-    kept = None if start is None else resolve(start).resolve()
+    kept = None if start is None or is_hf_folder(start) else resolve(start).resolve()
 
     def remove_older() -> None:
         for iteration in saved_iterations(root)[:-newest]:
@@ -28,6 +29,20 @@ def forget_older(checkpoint: "CheckpointConfig") -> None:
                 _remove(folder)
 
     on_rank_zero(remove_older, f"cannot remove old checkpoints in {root}", CheckpointError)
+
+
+def forget_leftovers(checkpoint: "CheckpointConfig") -> None:
+    """Remove what a killed process was writing or removing in `checkpoint.save`. Collective."""
+    if checkpoint.save is None:
+        return
+    root = Path(checkpoint.save)
+
+    def remove() -> None:
+        for unfinished in ("partial", "removed"):
+            for folder in root.glob(f".iter_*.{unfinished}"):
+                shutil.rmtree(folder)
+
+    on_rank_zero(remove, f"cannot remove what was left in {root}", CheckpointError)
 
 
 def _remove(folder: Path) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.auxiliary_losses import start_recording
 from megatron.bridge.training.callbacks import Callback, Callbacks
-from megatron.bridge.training.checkpoint import restore, start_from
-from megatron.bridge.training.data import batches_per_chunk, build_datasets
+from megatron.bridge.training.checkpoint import load_weights, restore, starting_point
+from megatron.bridge.training.data import build_datasets, training_batches
+from megatron.bridge.training.hf_export import ExportHF
+from megatron.bridge.training.hf_side import load_hf
 from megatron.bridge.training.peft_section import apply_peft, optimizer_overrides
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
@@ -31,7 +33,7 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
     from megatron.bridge import platform
 
     had_world, had_groups = dist.is_initialized(), parallel_state.is_initialized()
-    platform.initialize_distributed(cfg.dist.timeout_seconds)
+    platform.initialize_distributed(cfg.dist.timeout_seconds, cfg.dist.distributed_backend)
     yield
     if not had_groups and parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -43,15 +45,18 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     """Validate `cfg`, then build data, model, optimizer and schedule, and load what the run starts from. Collective.
 
     Raises:
-        BridgeError: anything that cannot work; data are checked before the model is built.
+        BridgeError: anything that cannot work; data and checkpoints are checked before the model is built.
     """
     from megatron.bridge import platform
 
     cfg.validate(platform.world_size())
     seed_everything(cfg.rng.seed)
+    if cfg.rng.te_rng_tracker:
+        cfg.model.use_te_rng_tracker = True
     cfg.model.initialize_model_parallel(cfg.rng.seed)
     start_recording()
     train_set, valid_set = build_datasets(cfg)
+    start = starting_point(cfg)
     model = cfg.model.provide_distributed_model(
         ddp_config=cfg.ddp,
         wrap_with_ddp=True,
@@ -61,15 +66,19 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, [], valid_set)
-    run.callbacks = Callbacks(callbacks)
+    export = cfg.checkpoint.hf_save_path
+    run.callbacks = Callbacks([*callbacks, *([ExportHF(export)] if export is not None else [])])
     run.notices += getattr(train_set, "notices", ())
     connect(run)
-    if cfg.checkpoint.load is not None:
-        restore(run)
-    elif cfg.checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
-        start_from(run)
-    data = batches_per_chunk(cfg, train_set, len(model), cfg.train.batch_sizes.at, run.progress.consumed_samples)
-    run.train_data = [run.phases.waiting(each) for each in data]
+    if start is not None and cfg.checkpoint.load is not None:
+        restore(run, start)
+    elif cfg.peft is not None:
+        run.notices.append(str(cfg.peft.report).splitlines()[0])  # the weights came before the method did
+    elif start is not None:
+        load_weights(model, optimizer, start.folder)
+    elif cfg.checkpoint.pretrained_checkpoint is not None:
+        load_hf(cfg, model, optimizer)
+    run.train_data = [run.phases.waiting(each) for each in training_batches(run, train_set)]
     return run
 
 

@@ -6,7 +6,7 @@ With the latter a checkpoint can be exported by itself: `AutoBridge.from_megatro
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.conversion.checkpoint_layout import resolve
+from megatron.bridge.training.hf_side import bridge_of, hf_start, kept_hf_files
 from megatron.bridge.training.run_config import to_yaml
 
 if TYPE_CHECKING:
@@ -18,16 +18,14 @@ RUN_CONFIG = "run_config.yaml"
 def side_files(cfg: "ConfigContainer", scratch: Path) -> dict[str, Any]:
     """Name -> text or folder; `scratch` is an empty folder to write into.
 
-    The Hugging Face files come from the `AutoBridge` that made the provider, else from the checkpoint that the run
-    started from; a model that never had any gets none.
+    The Hugging Face files come from the `AutoBridge` that made the provider, else from the run's last checkpoint, or
+    the one that it started from; a model that never had any gets none.
     """
     from megatron.bridge.conversion.megatron_checkpoint import HF_FILES, describing_files
 
     files: dict[str, Any] = {RUN_CONFIG: to_yaml(cfg)}
-    bridge = getattr(cfg.model, "bridge", None)
-    if bridge is not None:
+    bridge = getattr(cfg.model, "bridge", None) or (hf_start(cfg) and bridge_of(cfg))
+    if bridge:
         return files | {HF_FILES: describing_files(bridge, scratch)}
-    for origin in (cfg.checkpoint.load, cfg.checkpoint.pretrained_checkpoint):
-        if origin is not None and (folder := resolve(origin) / HF_FILES).is_dir():
-            return files | {HF_FILES: folder}
-    return files
+    kept = kept_hf_files(cfg)
+    return files if kept is None else files | {HF_FILES: kept}

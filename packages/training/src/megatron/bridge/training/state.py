@@ -1,7 +1,7 @@
 """What a run holds while it trains, and what it returns."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +27,12 @@ class TrainProgress:
     Attributes:
         iteration: optimizer steps done.
         consumed_samples: training sequences drawn, over all ranks.
+        stream_states: by data-parallel rank, where data stand that load themselves.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
+    stream_states: Sequence[bytes] = ()
 
 
 @dataclass
@@ -40,6 +42,7 @@ class RunState:
     Attributes:
         model: model chunks of this rank (one per virtual pipeline stage), wrapped in Megatron-Core's DDP.
         train_data: one iterator per model chunk.
+        streams: the same without what callbacks put around them.
         valid_dataset: the validation split, None when the run evaluates nothing.
         logger_states: what the loggers said of themselves in the last checkpoint.
         stop_requested: why a callback wants the run to end.
@@ -54,6 +57,7 @@ class RunState:
     scheduler: Any
     train_data: list[Batches]
     valid_dataset: Any = None
+    streams: list[Batches] = field(default_factory=list)
     progress: TrainProgress = field(default_factory=TrainProgress)
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
     logger_states: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.performance import performance
 from megatron.bridge.training.profiler import Profiler
 from megatron.bridge.training.reporter import Reporter
-from megatron.bridge.training.saving import save_or_go_on
+from megatron.bridge.training.saving import Saver
 from megatron.bridge.training.state import TrainResult
 from megatron.bridge.training.step import train_step
 from megatron.bridge.training.stop import StopRequest
@@ -34,12 +34,12 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
     settings, progress, last = run.cfg.train, run.progress, run.cfg.train.total_iters
     losses: dict[int, float] = {}
     norms: dict[int, float] = {}
-    saved: Path | None = None
     valid_loss: float | None = None
     stopped_by: str | None = None
     with (
         StopRequest(settings.exit_signal_handler, settings.exit_duration_in_mins) as stop,
         Reporter(run.cfg, progress.iteration, platform.is_rank_zero(), run.logger_states) as reporter,
+        Saver(run, reporter) as saver,
         Profiler(run.cfg, run.phases) as profiler,
     ):
         run.train_data = [run.callbacks.watched(run, data) for data in run.train_data]
@@ -64,20 +64,21 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
             if stopped_by is None and progress.iteration < last and _due(settings.exit_interval, progress.iteration):
                 stopped_by = "exit_interval"
             done = progress.iteration == last or stopped_by is not None
+            saver.look()
             if _saves(run) and (done or _due(run.cfg.checkpoint.save_interval, progress.iteration)):
                 run.logger_states = reporter.states()
-                saved = save_or_go_on(run, reporter, last=done) or saved
+                saver.save(last=done)
         with whole_parameters(run.model):
             pass  # the caller may go on to use the model
         if stopped_by is not None:
-            reporter.message(_how_to_resume(run.stop_requested or stopped_by, progress.iteration, last, saved))
+            reporter.message(_how_to_resume(run.stop_requested or stopped_by, progress.iteration, last, saver.newest))
     ended = TrainResult(
         iteration=progress.iteration,
         loss=losses.get(progress.iteration),
         losses=losses,
         grad_norms=norms,
         stopped_by=stopped_by or ("skip_train" if settings.skip_train else "train_iters"),
-        checkpoint=saved,
+        checkpoint=saver.newest,
         valid_loss=valid_loss,
     )
     run.callbacks.on_train_end(run, ended)

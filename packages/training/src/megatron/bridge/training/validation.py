@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from megatron.bridge.data.provider import DatasetBuildContext
 from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.batch_sizes import ramp_problem
+from megatron.bridge.training.comm_overlap import apply_overlap, engine_problems, overlap_problems
+from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
-from megatron.bridge.training.newest_whole import Found, newest_whole
+from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path
 from megatron.bridge.training.peft_section import peft_problems
 from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
 from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
@@ -35,6 +38,8 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight
         world_size = platform.world_size()
     try:
         apply_precision(cfg)
+        apply_overlap(cfg)
+        _apply_evaluation(cfg)
     except BridgeError as error:
         raise ConfigError(str(error)) from error
     checks = [*_CHECKS, *(check for what, those in _CHECKS_BY_SIGHT.items() if what in sight for check in those)]
@@ -42,6 +47,14 @@ def validate(cfg: "ConfigContainer", world_size: int | None = None, sight: Sight
     found += [*_layout_problems(cfg, world_size), *rank_problems(cfg, world_size)]
     if found:
         raise ConfigError(report("the configuration cannot run", found))
+
+
+def _apply_evaluation(cfg: "ConfigContainer") -> None:
+    """The section `validation` decides about the fields of `train` that say the same."""
+    for name in ("eval_interval", "eval_iters"):
+        value = getattr(cfg.validation, name)
+        if value is not None:
+            setattr(cfg.train, name, value)
 
 
 def report(headline: str, problems: list[str]) -> str:
@@ -334,25 +347,32 @@ def _packing(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     checkpoint = cfg.checkpoint
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield "checkpoint.save_interval is set, but checkpoint.save is not: there is no folder to save into"
-    if checkpoint.most_recent_k is not None and checkpoint.save is None:
-        yield "checkpoint.most_recent_k is set, but checkpoint.save is not: there is no folder to keep tidy"
+    for name in ("save_interval", "async_save", "most_recent_k"):
+        if getattr(checkpoint, name) and checkpoint.save is None:
+            yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
+    if checkpoint.ckpt_step is not None and checkpoint.load is None:
+        yield "checkpoint.ckpt_step is set, but checkpoint.load is not: there is no folder to take the iteration from"
     start: Found | None = None
-    for name in ("load", "pretrained_checkpoint"):
-        path = getattr(checkpoint, name)
-        if path is not None:
-            try:
-                if name == "load":
-                    start = newest_whole(path)
-                else:
-                    resolve(path)
-            except BridgeError as error:
-                yield f"checkpoint.{name}: {error}"
+    resumed, pretrained = resumed_path(checkpoint), checkpoint.pretrained_checkpoint
+    try:
+        start = None if resumed is None else newest_whole(resumed)
+    except BridgeError as error:
+        yield f"checkpoint.load: {error}"
+    try:
+        if pretrained is not None and not is_hf_folder(pretrained):
+            resolve(pretrained)
+    except BridgeError as error:
+        yield f"checkpoint.pretrained_checkpoint: {error}"
     if checkpoint.save is not None:
-        yield from _save_folder(Path(checkpoint.save), start if checkpoint.load else None)
+        refused = _refused_folder(Path(checkpoint.save))
+        if refused:
+            yield f"checkpoint.save={checkpoint.save!r}: {refused}; save into another folder"
+        else:
+            yield from _save_folder(Path(checkpoint.save), start)
+    if checkpoint.hf_save_path is not None:
+        yield from _hf_folder(cfg, Path(checkpoint.hf_save_path))
 
 
 def _profiling(cfg: "ConfigContainer") -> Iterator[str]:
@@ -378,6 +398,10 @@ def _fault_tolerance(cfg: "ConfigContainer") -> Iterator[str]:
 def _logger(cfg: "ConfigContainer") -> Iterator[str]:
     from megatron.bridge.training.reporter import loggers_of
 
+    for name in ("folder", "tensorboard_dir", "wandb_save_dir"):
+        path = getattr(cfg.logger, name)
+        if path is not None and (why := _refused_folder(Path(path))) is not None:
+            yield f"logger.{name}={path!r} cannot be written: {why}"
     factor = cfg.logger.straggler_factor
     if factor is not None and factor <= 1:
         yield f"logger.straggler_factor={factor} must be greater than 1; 1.2 tells of ranks that take 20% longer"
@@ -397,6 +421,27 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
             yield f"logger.loggers names {name!r}, which needs logger.{logger.setting}; set it, or leave {name!r} out"
     for name in cfg.logger.options.keys() - {name for name, _ in wanted}:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
+
+
+def _hf_folder(cfg: "ConfigContainer", folder: Path) -> Iterator[str]:
+    if not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
+        yield (
+            "checkpoint.hf_save_path is set, and nothing tells which Hugging Face model this is; make the provider "
+            "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
+        )
+    refused = "it is there already" if os.path.lexists(folder) else _refused_folder(folder)
+    if refused:
+        yield f"checkpoint.hf_save_path={str(folder)!r}: {refused}; write into another folder"
+
+
+def _refused_folder(folder: Path) -> str | None:
+    """Why nothing can be written into a folder that may not exist yet."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        return f"{place} is not a folder"
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        return f"this user may not write into {place}"
+    return None
 
 
 def _save_folder(save: Path, resumed: "Found | None") -> Iterator[str]:
@@ -419,12 +464,35 @@ def saved_iteration(folder: Path) -> int:
     return iteration_of(folder) or 0
 
 
+def _ranks(cfg: "ConfigContainer") -> Iterator[str]:
+    from megatron.bridge.platform import cuda_available
+
+    if cfg.dist.distributed_backend == "nccl" and not cuda_available():
+        yield "dist.distributed_backend='nccl' needs a GPU, and there is none; leave it out, or use 'gloo'"
+    if cfg.rng.te_rng_tracker and importlib.util.find_spec("transformer_engine") is None:
+        yield "rng.te_rng_tracker=True needs Transformer Engine, which is not there; leave it out"
+
+
 def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
     from megatron.bridge.training.config_origins import values_of
 
     yield from secret_problems((each.key, each.value) for each in values_of(cfg))
 
 
-_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _profiling, _secrets, peft_problems)
+_CHECKS = (
+    _sizes,
+    _lengths,
+    _model,
+    _optimizer,
+    _scheduler,
+    _fault_tolerance,
+    _profiling,
+    overlap_problems,
+    _secrets,
+    peft_problems,
+)
 # What can be proven only where the run's files, or the machine that it runs on, are.
-_CHECKS_BY_SIGHT = {"files": (_data, _checkpoint, _logger), "machine": (precision_problems, machine_problems)}
+_CHECKS_BY_SIGHT = {
+    "files": (_data, _checkpoint, _logger),
+    "machine": (precision_problems, machine_problems, engine_problems, _ranks),
+}

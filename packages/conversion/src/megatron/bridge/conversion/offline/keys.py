@@ -21,7 +21,7 @@ from megatron.bridge.conversion.transforms import Shape
 
 # What precedes the index of a layer, and of an expert; the index goes when the axis comes.
 _LAYERS = ".layers."
-_LAYER_INDEX = ".layers.{l}."
+_LAYER_INDEX = re.compile(r"\.layers\.\{l(?:=[\d,]+)?\}\.")
 _EXPERT_INDEX = ".experts.{e}."
 _STACKED_EXPERTS = ".experts."
 # Layers of multi-token prediction have a key each, however alike they are.
@@ -59,12 +59,12 @@ def places(plan: Plan) -> dict[str, Place]:
     for item in plan:
         indices, key, axes = item.indices, item.rule.megatron, []
         if _stackable(item.rule) and (depth := depths.get(_stack(item.rule))):
-            key = key.replace(_LAYER_INDEX, _LAYERS)
+            key = _LAYER_INDEX.sub(_LAYERS, key)
             axes.append((indices["l"], depth))
         if _EXPERT_INDEX in key:
             key = key.replace(_EXPERT_INDEX, _STACKED_EXPERTS)
             axes.append((indices["e"], experts[item.rule.megatron, indices.get("l")]))
-        if not set(indices) <= {"l", "e"} or "{e}" in key or ("{l}" in key and _LAYER_INDEX not in key):
+        if not set(indices) <= {"l", "e"} or "{e}" in key or ("{l" in key and not _LAYER_INDEX.search(key)):
             raise PlanError(f"{item.megatron}: the offline conversion cannot place it; convert without --offline")
         found[item.megatron] = Place(NamePattern(key).format(indices) if "{" in key else key, tuple(axes))
     return found
@@ -86,7 +86,7 @@ def refuse_named_blocks(rules: Iterable[WeightRule]) -> None:
 
 
 def _stackable(rule: WeightRule) -> bool:
-    return _LAYER_INDEX in rule.megatron and not rule.megatron.startswith(_NEVER_STACKED)
+    return _LAYER_INDEX.search(rule.megatron) is not None and not rule.megatron.startswith(_NEVER_STACKED)
 
 
 def _expert_counts(plan: Plan) -> dict[tuple[str, int | None], int]:
@@ -101,7 +101,7 @@ def _expert_counts(plan: Plan) -> dict[tuple[str, int | None], int]:
 
 def _stack(rule: WeightRule) -> str:
     """The stack of layers that a weight belongs to: `decoder`, or `encoder`."""
-    return rule.megatron.partition(_LAYER_INDEX)[0]
+    return _LAYER_INDEX.split(rule.megatron)[0]
 
 
 def _depths_of_like_layers(plan: Plan) -> dict[str, int]:
@@ -169,9 +169,10 @@ def _forms(rule: WeightRule) -> Iterator[_Form]:
     if "e" in rule.pattern.indices:
         single = single.replace(_EXPERT_INDEX, _STACKED_EXPERTS)
         yield _Form(NamePattern(single), ("e",), rule)
-    if _stackable(rule):
+    # Rules for some layers only are those of layers that differ.
+    if _stackable(rule) and "{l}" in single:
         axes = ("l", "e") if single != rule.megatron else ("l",)
-        yield _Form(NamePattern(single.replace(_LAYER_INDEX, _LAYERS)), axes, rule)
+        yield _Form(NamePattern(_LAYER_INDEX.sub(_LAYERS, single)), axes, rule)
 
 
 def _stacked(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 
 if TYPE_CHECKING:
+    from megatron.bridge.data.instruction.formats import DatasetFormat
     from megatron.bridge.data.provider import Split
 
 
@@ -49,6 +50,21 @@ class SFTDatasetConfig(DatasetProvider):
     packing: bool = False
     random_seed: int = 1234
     path_to_cache: str | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Whether a row gives two conversations, which make up one sample."""
+        return False
+
+    def form(self) -> DatasetFormat:
+        """What rows mean."""
+        from megatron.bridge.data.instruction.formats import dataset_format
+
+        return dataset_format(self.dataset_format)
+
+    def conversation_length(self) -> int | None:
+        """How many tokens a conversation may have; None where that is not known yet."""
+        return self.sequence_length
 
     def validate(self, context: DatasetBuildContext) -> None:
         """Refuse missing files, unknown names, a tokenizer that does not fit, and a first row that cannot be used."""

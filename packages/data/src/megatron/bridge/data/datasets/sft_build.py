@@ -9,9 +9,9 @@ import torch
 
 from megatron.bridge.conversion.rank_agreement import on_every_rank, on_rank_zero
 from megatron.bridge.data.datasets.sft_plan import SFTPlan, SFTSource, plan_sft
-from megatron.bridge.data.datasets.sft_samples import PackedSFTDataset, SampleSettings, SFTDataset
+from megatron.bridge.data.datasets.sft_samples import PackedSFTDataset, PairDataset, SampleSettings, SFTDataset
 from megatron.bridge.data.instruction.store import EncodedStore
-from megatron.bridge.data.packing import pack
+from megatron.bridge.data.packing import Packs, pack
 from megatron.bridge.data.splits import SPLIT_NAMES, document_range
 from megatron.bridge.errors import BridgeError
 
@@ -62,6 +62,8 @@ def _build_split(
         pad=plan.pad,
     )
     notices = _notices(store) if name == "train" else []
+    if config.paired:
+        return _build_pairs(store, members, settings, notices, context.document_multiple)
     if not config.packing:
         return SFTDataset(store, members, settings, notices)
     multiple = context.document_multiple
@@ -69,6 +71,21 @@ def _build_split(
     packs = pack(rounded, config.sequence_length)
     notices.append(f"{name}: {len(members):,} conversations in {len(packs):,} packs, {packs.efficiency:.1%} full")
     return PackedSFTDataset(store, members, settings, notices, packs=packs, multiple=multiple)
+
+
+def _build_pairs(
+    store: EncodedStore, members: NDArray[np.int64], settings: SampleSettings, notices: list[str], multiple: int
+) -> Split:
+    """Both conversations of a row in one sample; a row that has lost one is left out, and counted."""
+    pieces, counts = np.unique(store.pieces[members], return_counts=True)
+    whole = members[np.isin(store.pieces[members], pieces[counts == 2])]
+    if len(whole) == 0:
+        raise BridgeError(f"no row gives two conversations that can be used; {len(pieces)} give others")
+    if lost := int((counts != 2).sum()):
+        notices.append(f"{lost:,} rows have lost one of their two answers and are left out")
+    tokens = int((store.lengths[whole] - 1).sum())
+    packs = Packs(np.arange(len(whole)), np.arange(0, len(whole) + 1, 2), settings.length, tokens)
+    return PairDataset(store, whole, settings, notices, packs=packs, multiple=multiple)
 
 
 def members_of_split(pieces: NDArray[np.int64], shares: tuple[float, float, float], split: int) -> NDArray[np.int64]:

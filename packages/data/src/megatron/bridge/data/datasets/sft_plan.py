@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.data.instruction.formats import dataset_format
 from megatron.bridge.data.instruction.prepare import Preparation
 from megatron.bridge.data.instruction.rendering import Renderer
 from megatron.bridge.data.instruction.rows import find_row_files
@@ -57,9 +56,9 @@ class SFTPlan:
 
     def preparation(self, **more: Any) -> Preparation:
         """What reads and encodes the rows; `more` goes to it too."""
-        length = self.config.sequence_length
+        length = self.config.conversation_length()
         return Preparation(
-            dataset_format(self.config.dataset_format),
+            self.config.form(),
             self.renderer,
             self.tokenizer,
             longest=None if length is None else length + 1,
@@ -77,7 +76,7 @@ def plan_sft(config: SFTDatasetConfig, context: DatasetBuildContext, *, try_rows
     tokenizer = _chat_tokenizer(context)
     _check_numbers(config)
     check_truncation(config.truncation)
-    dataset_format(config.dataset_format)
+    config.form()
     renderer = Renderer(
         prompt_template(config.prompt_template, tokenizer, config.custom_template), tokenizer, config.loss
     )
@@ -142,7 +141,8 @@ def _check_shares(config: SFTDatasetConfig, shares: dict[str, float], wanted: Se
 def _folder(config: SFTDatasetConfig, files: Sequence[Path], renderer: Renderer, fingerprint: str | None) -> Path:
     """Where the tokenized rows lie: the name changes with all that the tokens depend on."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    settings = [config.dataset_format, config.loss, config.sequence_length, config.truncation, config.skip_bad_rows]
+    settings = [config.dataset_format, config.loss, config.conversation_length(), config.truncation]
+    settings += [config.skip_bad_rows, config.paired]
     identity = json.dumps([_ENCODING, stats, settings, renderer.template.jinja, fingerprint])
     base = Path(config.path_to_cache) if config.path_to_cache else files[0].parent / "cache"
     return base / f"sft-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"

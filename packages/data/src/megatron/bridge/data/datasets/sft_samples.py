@@ -47,8 +47,6 @@ class SFTDataset(Dataset[dict[str, "Tensor"]]):
         notices: what the run should tell of the data.
     """
 
-    packed = False
-
     def __init__(
         self, store: EncodedStore, members: NDArray[np.int64], settings: SampleSettings, notices: Sequence[str] = ()
     ) -> None:
@@ -116,8 +114,6 @@ class PackedSFTDataset(SFTDataset):
     of it; what is left at the end is one more document, of padding.
     """
 
-    packed = True
-
     def __init__(
         self,
         store: EncodedStore,
@@ -151,3 +147,13 @@ class PackedSFTDataset(SFTDataset):
             sample["position_ids"][start:stop] = torch.arange(stop - start)
         sample["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
         return sample
+
+
+class PairDataset(PackedSFTDataset):
+    """Two conversations per sample, the better one first; `pair` `[]` numbers it over all splits, -1 for none."""
+
+    def _blank(self) -> dict[str, Tensor]:
+        return super()._blank() | {"pair": torch.tensor(-1)}
+
+    def _sample(self, unit: int) -> dict[str, Tensor]:
+        return super()._sample(unit) | {"pair": torch.tensor(int(self._members[2 * unit]))}

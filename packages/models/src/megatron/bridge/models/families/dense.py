@@ -65,6 +65,10 @@ class DenseBridge(MegatronModelBridge):
         """Provider fields, `BlockVariant`'s among them, in which the family departs from the Llama layout."""
         return {}
 
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return hf_config.head_dim(self.hf_config)
+
     def sequence_length(self) -> int:
         """Longest sequence, in tokens."""
         return int(getattr(self.hf_config, self.shared_fields["max_position_embeddings"]))
@@ -93,14 +97,13 @@ class DenseBridge(MegatronModelBridge):
 
     def provider_fields(self) -> dict[str, Any]:
         """All that the provider is made with."""
-        config = self.hf_config
         fields: dict[str, Any] = {
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
             **self.shared_values(),
             **window_fields(self.windows()),
             **self.rope_fields(),
-            "kv_channels": hf_config.head_dim(config),
+            "kv_channels": self.head_dim(),
             "seq_length": self.sequence_length(),
             "normalization": self.normalization,
             "norm_weight": "weight" in self.norm_kinds,
@@ -149,7 +152,7 @@ class DenseBridge(MegatronModelBridge):
         return fragments.attention(
             heads=self.hf_config.num_attention_heads,
             groups=self._groups(differences),
-            head_dim=hf_config.head_dim(self.hf_config),
+            head_dim=self.head_dim(),
             qkv_bias=self.qkv_bias(),
             output_bias=self.output_bias(),
             qk_norm=self.qk_norm(),

@@ -15,10 +15,7 @@ _HF_MLP = "model.layers.{l}.mlp"
 
 
 class GptOssBridge(MoEBridge):
-    """`GptOssForCausalLM`: attention sinks, biases everywhere, and experts with a clamped gate.
-
-    Megatron-Core's experts have biases only where tensor parallelism does not cut them.
-    """
+    """`GptOssForCausalLM`: attention sinks, biases everywhere, and experts with a clamped gate."""
 
     shared_fields: ClassVar[dict[str, str]] = shared_fields(
         moe_ffn_hidden_size="intermediate_size", num_moe_experts="num_local_experts"
@@ -49,6 +46,7 @@ class GptOssBridge(MoEBridge):
         return {
             **softmax_routing(config.num_experts_per_tok, normalised=True),
             **balancing(config.router_aux_loss_coef),
+            # Other layer specs than `torch` have biases only where tensor parallelism does not divide the experts.
             "expert_tensor_parallel_size": 1,
         }
 

@@ -1,4 +1,4 @@
-"""Experts with biases that can be trained without Transformer Engine."""
+"""Experts with biases, trained without Transformer Engine and divided over expert-tensor-parallel ranks."""
 
 import dataclasses
 import functools
@@ -14,6 +14,9 @@ class FreshRowParallelLinear(RowParallelLinear):
     Megatron-Core adds the bias to it in place, which autograd forbids on the view that its own projection gives. And
     it would add up the bias's gradients over tensor-parallel ranks under sequence parallelism, though that has been
     done already: whole experts are replicas of one another.
+
+    Ranks that divide an expert each give a part of its output, and the parts are added up later. So each adds its part
+    of the bias; every rank has the bias' whole gradient, as it sees all of the expert's tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -23,6 +26,9 @@ class FreshRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
+        ranks = self.tp_group.size()
+        if bias is not None and ranks > 1:
+            bias = bias.detach() / ranks + (bias - bias.detach())
         return output.clone(), bias
 
 

@@ -15,15 +15,17 @@ class VariantLayer(TransformerLayer):
         parallel: x + attention(norm(x)) + mlp(norm(x)) in place of two steps. Without a norm of its own the MLP reads
             attention's.
         rope_kind: which of several rotary embeddings `[kinds, sequence, 1, 1, size]` is this layer's.
+        rope_size: how many of its channels are.
     """
 
     parallel: bool = False
     rope_kind: int | None = None
+    rope_size: int | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
         """As Megatron-Core's: `[sequence, batch, hidden]` in and out, with the context."""
         if self.rope_kind is not None and rotary_pos_emb is not None:
-            rotary_pos_emb = rotary_pos_emb[self.rope_kind]
+            rotary_pos_emb = rotary_pos_emb[self.rope_kind][..., : self.rope_size]
         if not self.parallel:
             return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         attended, context = self._forward_attention(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)

@@ -66,6 +66,11 @@ def torch_norm(
     return norm
 
 
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """The last axis by its root mean square, in fp32 and without a weight."""
+    return nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
 class ProjectionNorm(nn.Module):
     """A norm of queries or keys with a weight for each channel of each head.
 

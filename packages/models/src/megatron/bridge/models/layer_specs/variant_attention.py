@@ -10,6 +10,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.layer_specs.norms import rms_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 
 
@@ -75,7 +76,7 @@ class VariantAttention(SDPAttention):
         if hasattr(self, "q_layernorm"):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.l2_norm:
-            query, key = (_l2_norm(states, self.config.layernorm_epsilon) for states in (query, key))
+            query, key = (rms_norm(states, self.config.layernorm_epsilon) for states in (query, key))
         if self.temperature is not None:
             query = query * self._temperatures(self.temperature, query.shape[2], key.shape[2], query)
         if self.chunk is None or key.shape[2] <= self.chunk:
@@ -159,11 +160,6 @@ def _sinks(config: TransformerConfig) -> nn.Parameter:
         config.init_method(sinks)
     set_tensor_model_parallel_attributes(sinks, True, 0, 1)
     return sinks
-
-
-def _l2_norm(states: Tensor, eps: float) -> Tensor:
-    """Every head's channels by their root mean square, in fp32."""
-    return nn.functional.rms_norm(states.float(), states.shape[-1:], eps=eps).to(states.dtype)
 
 
 def _part(hidden: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
