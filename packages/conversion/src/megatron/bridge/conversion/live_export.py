@@ -4,9 +4,10 @@ The plan is proven once and used as often as wanted, whatever has happened to th
 beside the bucket at hand, no more than the largest weight.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.conversion.adapters import MergedWeights
 from megatron.bridge.conversion.dtype_policy import export_dtype, refuse_unmet_patterns
 from megatron.bridge.conversion.entries import base_name, join_entries
 from megatron.bridge.conversion.export_tasks import ConversionTask, TaskBucket, groups, in_batches, in_buckets
@@ -75,6 +76,9 @@ class Exporter:
         dtype: one for all floating-point weights, one per pattern of names, or a function; None keeps the model's.
         process_groups: as in `Layout.of`.
         rank_timeout: seconds that absent ranks are waited for.
+        merged: of layers with an active adapter, give the weights with the adapter in them.
+        weights: what to export instead of the model's own weights: a function of nothing that gives this rank's by
+            canonical name. They need not be of all layers.
 
     Raises:
         PlanError: a weight of the model is unaccounted for.
@@ -90,16 +94,19 @@ class Exporter:
         dtype: "DtypePolicy" = None,
         process_groups: Any = None,
         rank_timeout: float = 600.0,
+        merged: bool = True,
+        weights: "Callable[[], Mapping[str, torch.Tensor]] | None" = None,
     ) -> None:
         self._chunks = as_chunks(model)
         self._what = what
+        self._merged, self._weights = merged and weights is None, weights
         self._layout = Layout.of(self._chunks, process_groups)
         self._roll_call = RollCall(self._layout.groups, rank_timeout)
         self._roll_call(what)
-        local = canonical_weights(self._chunks, self._layout)
+        local = self._local()
         self._known = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in local.items()}
         self._index = megatron_index(table, local, self._layout)
-        self.plan = export_plan(table, self._index.shapes, what)
+        self.plan = export_plan(table, self._index.shapes, what, of_all_layers=weights is None)
         self.tasks = tuple(self._task(item, dtype) for item in self.plan)
         refuse_unmet_patterns(dtype, self.dtypes, what)
 
@@ -190,13 +197,19 @@ class Exporter:
             size if divided else 1,
         )
 
+    def _local(self) -> "Mapping[str, torch.Tensor]":
+        """This rank's weights by canonical name."""
+        return canonical_weights(self._chunks, self._layout) if self._weights is None else self._weights()
+
     def _begin(self) -> WeightGatherer:
         """See that all ranks are here and hold what the plan was made of."""
         from megatron.bridge import platform
 
-        local = canonical_weights(self._chunks, self._layout)
+        local = self._local()
         self._roll_call(self._what, self._stale(local))
         self._refuse_diverged_copies(local)
+        if self._merged:
+            local = MergedWeights(self._chunks, local)
         # Offloaded weights wait on the CPU; groups may talk between accelerators only.
         alone = all(group is None or group.size() == 1 for group in self._layout.groups)
         return WeightGatherer(self._layout, local, None if alone else platform.device())

@@ -40,8 +40,24 @@ def as_chunks(model: "torch.nn.Module | Sequence[torch.nn.Module]") -> "list[tor
     return [unwrap(chunk) for chunk in chunks]
 
 
-def canonical_weights(chunks: "Sequence[torch.nn.Module]", layout: "Layout | None" = None) -> "dict[str, torch.Tensor]":
-    """Every parameter and persistent buffer on this rank by canonical name; `layout` as it is, or None to find it.
+# Where an adapted layer keeps its adapters, by name: `...linear_qkv.adapters.default.lora_A`.
+ADAPTERS = "adapters"
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a weight belongs to an adapter, not to the model beneath."""
+    return f".{ADAPTERS}." in name
+
+
+def canonical_weights(
+    chunks: "Sequence[torch.nn.Module]", layout: "Layout | None" = None, *, adapters: bool = False
+) -> "dict[str, torch.Tensor]":
+    """Every parameter and persistent buffer on this rank by canonical name.
+
+    Args:
+        chunks: this rank's, unwrapped.
+        layout: as it is, or None to find it.
+        adapters: those of the adapters instead of those of the model beneath.
 
     A tied output layer of the last pipeline stage goes by the embedding's name, as it does in checkpoints; where one
     rank holds both, they are one tensor. Experts go by their number in the whole model:
@@ -50,9 +66,10 @@ def canonical_weights(chunks: "Sequence[torch.nn.Module]", layout: "Layout | Non
     weights: dict[str, torch.Tensor] = {}
     layout = layout or Layout.of(chunks)
     for chunk in chunks:
-        names = _Names(chunk, layout)
+        names = CanonicalNames(chunk, layout)
         for name, value in chunk.state_dict(keep_vars=True).items():
-            if isinstance(value, _tensor_class()) and not name.endswith("_extra_state"):
+            is_weight = isinstance(value, _tensor_class()) and not name.endswith("_extra_state")
+            if is_weight and is_adapter_weight(name) == adapters:
                 weights[names.canonical(name)] = value
     return weights
 
@@ -63,16 +80,23 @@ def _tensor_class() -> "type[torch.Tensor]":
     return torch.Tensor
 
 
-class _Names:
-    """From a chunk's own parameter names to canonical ones."""
+class CanonicalNames:
+    """From a chunk's own names of parameters and modules to canonical ones.
 
-    def __init__(self, chunk: Any, layout: "Layout") -> None:
+    Args:
+        chunk: unwrapped.
+        layout: as it is, or None to find it.
+    """
+
+    def __init__(self, chunk: Any, layout: "Layout | None" = None) -> None:
         self._prefixes = dict(_layer_prefixes(chunk))
         self._tied = getattr(chunk, "share_embeddings_and_output_weights", False)
         experts = getattr(getattr(chunk, "config", None), "num_moe_experts", None) or 0
-        self._first_expert = experts // layout.expert_size * layout.expert_rank
+        layout = layout or (Layout.of([chunk]) if experts else None)
+        self._first_expert = 0 if layout is None else experts // layout.expert_size * layout.expert_rank
 
     def canonical(self, name: str) -> str:
+        """The canonical name of this chunk's `name`."""
         if self._tied and (name == _OUTPUT or name.endswith(f".{_OUTPUT}")):
             return name.removesuffix(_OUTPUT) + "embedding.word_embeddings.weight"
         for prefix, (canonical_prefix, renamed) in self._prefixes.items():

@@ -128,8 +128,16 @@ def import_plan(
     return Plan(_in_order(table, items), {name: to for name, to in tied.items() if name in hf})
 
 
-def export_plan(table: WeightTable, megatron: Mapping[str, Shape], what: str = "export") -> Plan:
+def export_plan(
+    table: WeightTable, megatron: Mapping[str, Shape], what: str = "export", *, of_all_layers: bool = True
+) -> Plan:
     """Derive the Hugging Face weights that a Megatron model holds, with their shapes.
+
+    Args:
+        table: the family's rules.
+        megatron: every weight of the model, by canonical name, with its global shape.
+        what: named in errors.
+        of_all_layers: refuse weights of which some layers or experts have none; adapters may be on some alone.
 
     Raises:
         PlanError: a Megatron weight has no rule, a rule meets no weight, or a layer is missing.
@@ -137,7 +145,8 @@ def export_plan(table: WeightTable, megatron: Mapping[str, Shape], what: str = "
     problems = _Problems()
     items = _join(table, megatron, problems)
     _check_once(Counter(name for item in items for name in item.hf), problems)
-    _check_gaps(items, problems)
+    if of_all_layers:
+        _check_gaps(items, problems)
     problems.raise_if_any(what)
     return Plan(_in_order(table, items), {tie.name: tie.to for tie in table.tied})
 

@@ -81,6 +81,11 @@ class Transform(ABC):
         """
         return None
 
+    @property
+    def on_rows(self) -> "Transform":
+        """The same function on tensors whose leading axis holds the outputs on both sides: biases, LoRA's B."""
+        return self
+
 
 @dataclass(frozen=True)
 class Identity(Transform):
@@ -320,6 +325,10 @@ class Transposed(Transform):
 
     def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
         return [part.t() for part in self.inner.inverse(megatron)]
+
+    @property
+    def on_rows(self) -> Transform:
+        return self.inner.on_rows
 
 
 class _Reordered(Transform):

@@ -107,6 +107,9 @@ class ModelProvider(ABC):
         self.initialize_model_parallel(seed)
         self._tell_missing_proof()
         chunks = [self.provide(vp_stage=stage) for stage in self._virtual_stages()]
+        for chunk in chunks:
+            # What knows the Hugging Face names of its modules, for PEFT methods.
+            chunk.bridge = getattr(self, "bridge", None)  # type: ignore[assignment]
         hooks = [hook for hook, _ in self._hooks()] + ([pre_wrap_hook] if pre_wrap_hook else [])
         for hook in hooks:
             chunks = hook(chunks) or chunks

@@ -5,18 +5,27 @@ entry-point group `megatron.bridge.peft`. Torch-free until a method is applied.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, overload
 
 from megatron.bridge.errors import BridgeError, did_you_mean
-from megatron.bridge.peft.binding import Binder, counted_over_model_parallel_ranks, freeze, module_names
+from megatron.bridge.peft.binding import (
+    Binder,
+    counted_over_model_parallel_ranks,
+    freeze,
+    let_gradients_through,
+    module_names,
+)
+from megatron.bridge.peft.module_names import ModuleNames
 from megatron.bridge.peft.report import BindingReport
-from megatron.bridge.peft.targets import matches
+from megatron.bridge.peft.targets import layer_of, layers_of, matches, matches_any
 from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron.bridge.conversion.transforms import Transform
 
 
 @dataclass(kw_only=True)
@@ -29,11 +38,18 @@ class PEFT(ABC):
         provider.provide_distributed_model(pre_wrap_hook=lambda chunks: method(chunks, training=True))
 
     Attributes:
-        target_modules: which modules the method may change: last names (`linear_qkv`) or shell patterns of full names
-            (`*.layers.0.*.linear_qkv`; layers count from 0 on each pipeline rank). Every one must match something.
+        target_modules: which modules the method may change: last names (`linear_qkv`), shell patterns of full names
+            (`*.layers.0.*.linear_qkv`; layers and experts count through the whole model) or, behind `re:`, regular
+            expressions of them. Where the model comes from an `AutoBridge`, its Hugging Face names are known as well
+            (`q_proj`, `model.layers.0.*`). Every one must match something.
+        exclude_modules: which of these it leaves alone, in the same way.
+        layers_to_transform: the layers whose modules it may change: `[0, 1, 2]` or `"0-2"`; None for all and for what
+            is outside the layers.
     """
 
     target_modules: list[str] = field(default_factory=list)
+    exclude_modules: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] | str | None = None
 
     @abstractmethod
     def transform(self, module: "torch.nn.Module", name: str, prefix: str) -> "torch.nn.Module":
@@ -71,21 +87,28 @@ class PEFT(ABC):
             The model or the chunks; the same objects unless the method replaced one as a whole.
 
         Raises:
-            BridgeError: nothing was changed anywhere, or some of `target_modules` matched nothing that was.
+            BridgeError: the settings cannot be, nothing was changed anywhere, or some of `target_modules` matched
+                nothing that was.
         """
+        self.validate()
         chunks: list[torch.nn.Module] = list(model) if isinstance(model, Sequence) else [model]
-        names = [name for chunk in chunks for name in module_names(chunk)]
+        names: list[str] = []
         bound, bindings = [], []
         for index, chunk in enumerate(chunks):
-            binder = Binder(self.transform, chunk=index)
+            self._names = ModuleNames(chunk)
+            names += map(self._names.full, module_names(chunk))
+            binder = Binder(self.transform, chunk=index, rename=self._names.full)
             freeze(chunk)
             bound.append(binder.bind(chunk))
             bindings += binder.bindings
         self._refuse_unbound([binding.name for binding in bindings], names)
         for chunk in bound:
             chunk.train(training)
-            if not training:
+            if training:
+                let_gradients_through(chunk)
+            else:
                 freeze(chunk)
+        self.applied(bound)
         self._report = BindingReport.of(type(self).__name__, bindings, bound)
         return bound if isinstance(model, Sequence) else bound[0]
 
@@ -101,27 +124,93 @@ class PEFT(ABC):
             raise BridgeError(f"{type(self).__name__} has not been applied to a model; call it with the model first")
         return report
 
+    def settle(self) -> None:  # noqa: B027  a method whose settings have one name each has nothing to do
+        """Give settings that have several names their one value."""
+
+    def applied(self, chunks: "list[torch.nn.Module]") -> None:  # noqa: B027  most methods have nothing to do
+        """Called with the chunks when all that was to be changed has been."""
+
+    def problems(self) -> "Iterator[str]":
+        """What is wrong with the settings, each with its remedy; needs no model."""
+        try:
+            layers_of(self.layers_to_transform)
+        except BridgeError as error:
+            yield str(error)
+
+    def validate(self) -> None:
+        """Refuse settings that cannot be.
+
+        Raises:
+            BridgeError: lists every problem.
+        """
+        self.settle()
+        if found := list(self.problems()):
+            raise BridgeError(f"{type(self).__name__}: " + "; ".join(found))
+
+    def optimizer_overrides(self, lr: float, min_lr: float) -> "Mapping[str, Mapping[str, float]]":
+        """Settings of the optimizer for some parameters: pattern of their names -> Megatron-Core's overrides.
+
+        Args:
+            lr, min_lr: the run's highest and lowest learning rate.
+        """
+        return {}
+
     def is_target(self, name: str, prefix: str) -> bool:
         """Whether `target_modules` names this module; without any, every module is one."""
         full = f"{prefix}.{name}" if prefix else name
-        return not self.target_modules or any(matches(pattern, full) for pattern in self.target_modules)
+        layers = layers_of(self.layers_to_transform)
+        if layers is not None and layer_of(full) not in layers:
+            return False
+        if matches_any(self.exclude_modules, [full]):
+            return False
+        return not self.target_modules or matches_any(self.target_modules, [full]) or bool(self.hf_targets(full))
+
+    def hf_names(self, full: str) -> tuple[str, ...]:
+        """The Hugging Face modules that a module of the model at hand holds; empty where nothing tells."""
+        names: ModuleNames | None = getattr(self, "_names", None)
+        return () if names is None else names.hf(full)
+
+    def hf_rows(self, full: str) -> "Transform | None":
+        """How the outputs of a module's Hugging Face modules lie in its own; None where nothing tells."""
+        names: ModuleNames | None = getattr(self, "_names", None)
+        return None if names is None else names.rows(full)
+
+    def hf_targets(self, full: str) -> tuple[str, ...]:
+        """Those of a module's Hugging Face modules that the settings name; all of them where they name it itself."""
+        held = self.hf_names(full)
+        if not self.target_modules or matches_any(self.target_modules, [full]):
+            named = held
+        else:
+            named = tuple(each for each in held if matches_any(self.target_modules, [each]))
+        return tuple(each for each in named if not matches_any(self.exclude_modules, [each]))
+
+    def _meets(self, pattern: str, full: str) -> bool:
+        return matches(pattern, full) or matches_any([pattern], self.hf_names(full))
 
     def _refuse_unbound(self, bound: list[str], names: list[str]) -> None:
-        wanted = self.target_modules
-        here = [len(bound)] + [sum(matches(pattern, name) for name in bound) for pattern in wanted]
-        total, *by_target = counted_over_model_parallel_ranks(here)
-        unmatched = [pattern for pattern, count in zip(wanted, by_target, strict=True) if not count]
-        if total and not unmatched:
+        wanted, kept = self.target_modules, self.exclude_modules
+        # A target may be left out again as a whole; it has met something then.
+        met = bound + [name for name in names if any(self._meets(pattern, name) for pattern in kept)]
+        here = [len(bound)] + [sum(self._meets(pattern, name) for name in met) for pattern in wanted]
+        here += [sum(self._meets(pattern, name) for name in names) for pattern in kept]
+        total, *counts = counted_over_model_parallel_ranks(here)
+        unmatched = [pattern for pattern, count in zip(wanted, counts, strict=False) if not count]
+        idle = [pattern for pattern, count in zip(kept, counts[len(wanted) :], strict=True) if not count]
+        if total and not unmatched and not idle:
             return
         what = type(self).__name__
-        if not wanted:
+        if not wanted and not idle:
             raise BridgeError(f"{what} changed no module of the model. {self.requirement}")
         known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
-        hints = "".join(did_you_mean(pattern, known) for pattern in unmatched)
-        raise BridgeError(
-            f"{what} changed no module for target_modules={unmatched}{hints or '.'} "
-            f"The modules here: {', '.join(known)}. {self.requirement}"
+        from_hf = sorted({each.rpartition(".")[2] for name in names for each in self.hf_names(name)})
+        hints = "".join(did_you_mean(pattern, [*known, *from_hf]) for pattern in unmatched or idle)
+        fault = (
+            f"{what} changed no module for target_modules={unmatched}"
+            if unmatched or not total
+            else f"{what}: exclude_modules={idle} matches nothing"
         )
+        also = f", and by their Hugging Face names {', '.join(from_hf)}" if from_hf else ""
+        raise BridgeError(f"{fault}{hints or '.'} The modules here: {', '.join(known)}{also}. {self.requirement}")
 
     @property
     def requirement(self) -> str:

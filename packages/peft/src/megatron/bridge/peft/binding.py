@@ -1,8 +1,9 @@
 """Walks a frozen model, puts in place what a method returns, and records what that changed."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.conversion.live_weights import ADAPTERS
 from megatron.bridge.peft.report import Binding
 
 if TYPE_CHECKING:
@@ -18,6 +19,25 @@ def freeze(model: "torch.nn.Module") -> None:
         parameter.grad = None
 
 
+def let_gradients_through(chunk: "torch.nn.Module") -> None:
+    """Have a frozen embedding's output ask for a gradient where layers are computed anew in the backward pass.
+
+    Megatron-Core's recomputation gives no gradient to what is inside it when no input asks for one: adapters in the
+    first layers would silently never learn.
+    """
+    config, embedding = getattr(chunk, "config", None), getattr(chunk, "embedding", None)
+    if embedding is not None and getattr(config, "recompute_granularity", None) is not None:
+        embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(module: Any, inputs: Any, output: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
+
+
 def module_names(model: "torch.nn.Module") -> Iterator[str]:
     """Full names of all modules, the empty one of the model itself included."""
     return (name for name, _ in model.named_modules())
@@ -26,14 +46,20 @@ def module_names(model: "torch.nn.Module") -> Iterator[str]:
 class Binder:
     """Applies one method to one chunk.
 
+    Args:
+        transform: of the method.
+        chunk: index of the chunk.
+        rename: a module's name in the chunk -> in the whole model, which is what the method is told.
+
     Attributes:
         bindings: modules that were changed so far, in the order they were met.
     """
 
-    def __init__(self, transform: "Transform", chunk: int) -> None:
+    def __init__(self, transform: "Transform", chunk: int, rename: "Callable[[str], str]" = str) -> None:
         self.bindings: list[Binding] = []
         self._transform = transform
         self._chunk = chunk
+        self._rename = rename
         # A module that hangs in two places stays one module.
         self._done: dict[int, tuple[torch.nn.Module, torch.nn.Module]] = {}
 
@@ -43,25 +69,34 @@ class Binder:
             return self._done[id(module)][1]
         full = f"{prefix}.{name}" if prefix else name
         for child_name, child in list(module._modules.items()):
-            if child is not None:
+            # Adapters that are there already are no part of the model.
+            if child is not None and child_name != ADAPTERS:
                 bound = self.bind(child, child_name, full)
                 if bound is not child:
                     setattr(module, child_name, bound)
-        before = _own_trainable(module)
-        bound = self._transform(module, name, prefix)
-        if bound is not module or _own_trainable(bound) != before:
-            self.bindings.append(Binding.of(full, self._chunk, module, bound))
+        before, kind = _trainable(module), type(module).__name__
+        whole_name = self._rename(full)
+        parent, _, own = whole_name.rpartition(".")
+        bound = self._transform(module, own, parent)
+        brought = _trainable(bound) - before
+        if bound is not module or brought:
+            trainable = tuple(f"{full}.{each}" if full else each for each in _in_order(bound, brought))
+            self.bindings.append(Binding(whole_name, self._chunk, kind, type(bound).__name__, trainable))
         # Keeping the module keeps its id from being given to another.
         self._done[id(module)] = (module, bound)
         return bound
 
 
-def _own_trainable(module: "torch.nn.Module") -> frozenset[str]:
-    return frozenset(name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad)
+def _trainable(module: "torch.nn.Module") -> frozenset[str]:
+    return frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _in_order(module: "torch.nn.Module", names: frozenset[str]) -> "Iterator[str]":
+    return (name for name, _ in module.named_parameters() if name in names)
 
 
 def counted_over_model_parallel_ranks(counts: list[int]) -> list[int]:
-    """Element-wise sum over the tensor- and pipeline-parallel ranks that hold the model with this one. Collective.
+    """Element-wise sum over the ranks that hold the model with this one. Collective.
 
     Without Megatron's process groups the model is this rank's alone.
     """
@@ -75,4 +110,6 @@ def counted_over_model_parallel_ranks(counts: list[int]) -> list[int]:
 
     summed = torch.tensor(counts, device=device())
     torch.distributed.all_reduce(summed, group=parallel_state.get_model_parallel_group())
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        torch.distributed.all_reduce(summed, group=parallel_state.get_expert_model_parallel_group())
     return [int(count) for count in summed.tolist()]

@@ -12,10 +12,10 @@ class Binding:
     """One changed module.
 
     Attributes:
-        name: its full name in its chunk, e.g. `decoder.layers.0.self_attention.linear_qkv`.
+        name: its full name in the whole model, e.g. `decoder.layers.0.self_attention.linear_qkv`.
         chunk: virtual pipeline chunk.
         base, bound: class names before and after; the same when the module was changed in place.
-        trainable: full names of the trainable parameters that the change brought, when it was made.
+        trainable: names in the chunk of the trainable parameters that the change brought, when it was made.
     """
 
     name: str
@@ -23,13 +23,6 @@ class Binding:
     base: str
     bound: str
     trainable: tuple[str, ...]
-
-    @classmethod
-    def of(cls, name: str, chunk: int, base: "torch.nn.Module", bound: "torch.nn.Module") -> "Binding":
-        """Record that `bound` stands where `base` stood."""
-        own = bound.named_parameters(recurse=bound is not base)
-        trainable = tuple(f"{name}.{each}" if name else each for each, parameter in own if parameter.requires_grad)
-        return cls(name, chunk, type(base).__name__, type(bound).__name__, trainable)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron.bridge import platform
 from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.conversion.checkpoint_layout import resolve
 from megatron.bridge.conversion.live_weights import as_chunks
-from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state
+from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill, model_state, state_keys
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.data import stream_states as states_of_streams
@@ -21,6 +21,7 @@ from megatron.bridge.training.hf_side import is_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
+from megatron.bridge.training.peft_section import fill_trained_part, trained_part
 from megatron.bridge.training.random_state import put_back, random_state
 from megatron.bridge.training.side_files import side_files
 from megatron.bridge.training.state import TrainProgress
@@ -114,7 +115,7 @@ def _start_save(
     if cfg.checkpoint.save is None:
         raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
     with whole_parameters(model):
-        state = _model_state(model) | {
+        state = _trained_state(model, cfg) | {
             "checkpoint_version": 3.0,
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -177,7 +178,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         raise BridgeError(
             f"{folder} holds weights only, no training state; start from it with checkpoint.pretrained_checkpoint"
         )
-    state = _model_state(model)
+    state = _trained_state(model, cfg)
     ignore: tuple[str, ...] = ()
     same_layout = common.get("parallel_layout") == _layout()
     if cfg.checkpoint.load_rng and same_layout:
@@ -191,7 +192,7 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     else:
         ignore += ("optimizer.",)
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
-    fill(as_chunks(model), loaded)
+    _fill_trained(model, loaded, cfg)
     if "optimizer" in state:
         load_optimizer_state(optimizer, loaded["optimizer"], common["optimizer"])
     elif optimizer is not None:
@@ -257,6 +258,21 @@ def restore(run: "RunState", found: Found) -> None:
 
 def _model_state(model: list[Any]) -> dict[str, Any]:
     return model_state(as_chunks(model), _SHARDING)
+
+
+def _trained_state(model: list[Any], cfg: "ConfigContainer") -> dict[str, Any]:
+    """What a run saves: the whole model, or what a PEFT method trains."""
+    chunks = as_chunks(model)
+    state = _model_state(model)
+    return state if cfg.peft is None else trained_part(state, chunks, state_keys(len(chunks)))
+
+
+def _fill_trained(model: list[Any], loaded: Mapping[str, Any], cfg: "ConfigContainer") -> None:
+    chunks = as_chunks(model)
+    if cfg.peft is None:
+        fill(chunks, loaded)
+    else:
+        fill_trained_part(chunks, loaded, state_keys(len(chunks)))
 
 
 def _layout() -> dict[str, int]:

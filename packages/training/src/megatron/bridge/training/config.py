@@ -321,6 +321,8 @@ class ConfigContainer:
         model: a model provider, e.g. from `AutoBridge.to_megatron_provider()`.
         dataset: a `DatasetProvider`.
         mixed_precision: the precision by name; a plain name stands for a `MixedPrecisionConfig` of it.
+        peft: a PEFT method (`LoRA(dim=16)`) that trains little beside the model's own weights, which stay and are no
+            part of the checkpoints; None trains them all. Written `peft=lora peft.dim=16`.
     """
 
     model: Any
@@ -339,6 +341,7 @@ class ConfigContainer:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     dist: DistributedInitConfig = field(default_factory=DistributedInitConfig)
+    peft: Any = None
 
     def validate(self, world_size: int | None = None, sight: Sight = EVERYTHING) -> None:
         """Refuse what cannot run, before anything is built; all problems are reported at once.

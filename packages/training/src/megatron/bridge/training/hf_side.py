@@ -61,4 +61,5 @@ def load_hf(cfg: "ConfigContainer", model: list[Any], optimizer: Any) -> None:
     assert path is not None
     assert bridge is not None
     bridge.load_hf_weights(model, path)
-    optimizer.reload_model_params()
+    if optimizer is not None:
+        optimizer.reload_model_params()

@@ -88,7 +88,11 @@ def _leaves(section: Any, content: dict[Any, Any], prefix: str = "") -> Iterator
     """`(dotted key, value)` for all that a nested mapping sets; mappings go down only where there is a section."""
     for name, value in content.items():
         child = getattr(section, str(name), None)
-        if isinstance(value, dict) and dataclasses.is_dataclass(child):
+        is_choice = isinstance(value, dict) and f"{prefix}{name}" in CHOICES
+        if is_choice and "name" in value:
+            yield f"{prefix}{name}", value["name"]
+            value = {key: each for key, each in value.items() if key != "name"}  # noqa: PLW2901
+        if isinstance(value, dict) and (dataclasses.is_dataclass(child) or is_choice):
             yield from _leaves(child, value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

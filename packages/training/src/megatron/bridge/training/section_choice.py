@@ -7,10 +7,13 @@ from typing import Any
 
 from megatron.bridge.data.provider import DATASETS
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft import PEFT_METHODS
 from megatron.bridge.registry import Registry
 
 # Section -> what is offered for it.
-CHOICES: Mapping[str, Registry[Any]] = {"dataset": DATASETS}
+CHOICES: Mapping[str, Registry[Any]] = {"dataset": DATASETS, "peft": PEFT_METHODS}
+# What stands for no section, where there may be none.
+_NONE = ("null", "None")
 
 
 def choose(cfg: Any, section: str, name: str, *, keep: bool = True) -> None:
@@ -27,6 +30,9 @@ def choose(cfg: Any, section: str, name: str, *, keep: bool = True) -> None:
     """
     from megatron.bridge.training.run_config import is_default
 
+    if section == "peft" and name in _NONE:
+        setattr(cfg, section, None)
+        return
     try:
         chosen = CHOICES[section][name]
     except BridgeError as error:
@@ -35,7 +41,7 @@ def choose(cfg: Any, section: str, name: str, *, keep: bool = True) -> None:
     known = {field.name for field in dataclasses.fields(chosen) if field.init and (keep or _needed(field))}
     kept = {
         field.name: getattr(old, field.name)
-        for field in dataclasses.fields(old)
+        for field in (() if old is None else dataclasses.fields(old))
         if field.name in known and not is_default(field, getattr(old, field.name))
     }
     try:

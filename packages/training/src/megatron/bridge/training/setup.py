@@ -13,6 +13,7 @@ from megatron.bridge.training.data import build_datasets, training_batches
 from megatron.bridge.training.determinism import deterministic
 from megatron.bridge.training.hf_export import ExportHF
 from megatron.bridge.training.hf_side import load_hf
+from megatron.bridge.training.peft_section import apply_peft, optimizer_overrides
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 from megatron.bridge.training.step import finish_gradients
@@ -60,7 +61,12 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     start_recording()
     train_set, valid_set = build_datasets(cfg)
     start = starting_point(cfg)
-    model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, wrap_with_ddp=True, seed=cfg.rng.seed)
+    model = cfg.model.provide_distributed_model(
+        ddp_config=cfg.ddp,
+        wrap_with_ddp=True,
+        pre_wrap_hook=None if cfg.peft is None else partial(apply_peft, cfg),
+        seed=cfg.rng.seed,
+    )
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
     run = RunState(cfg, model, optimizer, scheduler, [], valid_set)
@@ -70,6 +76,8 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     connect(run)
     if start is not None and cfg.checkpoint.load is not None:
         restore(run, start)
+    elif cfg.peft is not None:
+        run.notices.append(str(cfg.peft.report).splitlines()[0])  # the weights came before the method did
     elif start is not None:
         load_weights(model, optimizer, start.folder)
     elif cfg.checkpoint.pretrained_checkpoint is not None:
@@ -97,7 +105,8 @@ def build_optimizer(cfg: "ConfigContainer", model: list[Any]) -> Any:
     values = {"bf16": cfg.model.bf16, "fp16": cfg.model.fp16, "params_dtype": cfg.model.params_dtype}
     # Megatron-Core's schedule takes the lowest rate from here and cannot do without one.
     values["min_lr"] = cfg.optimizer.min_lr or 0.0
-    return get_megatron_optimizer(dataclasses.replace(cfg.optimizer, **values), model)
+    settings = dataclasses.replace(cfg.optimizer, **values)
+    return get_megatron_optimizer(settings, model, config_overrides=optimizer_overrides(cfg, settings))
 
 
 def connect(run: RunState) -> None:

@@ -17,6 +17,7 @@ from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_fil
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path
+from megatron.bridge.training.peft_section import peft_problems
 from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
 from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
@@ -364,7 +365,7 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     for name in ("save_interval", "async_save", "most_recent_k"):
         if getattr(checkpoint, name) and checkpoint.save is None:
             yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
-    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None:
+    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
     if checkpoint.ckpt_step is not None and checkpoint.load is None:
         yield "checkpoint.ckpt_step is set, but checkpoint.load is not: there is no folder to take the iteration from"
@@ -493,7 +494,18 @@ def _secrets(cfg: "ConfigContainer") -> Iterator[str]:
     yield from secret_problems((each.key, each.value) for each in values_of(cfg))
 
 
-_CHECKS = (_sizes, _lengths, _model, _optimizer, _scheduler, _fault_tolerance, _profiling, overlap_problems, _secrets)
+_CHECKS = (
+    _sizes,
+    _lengths,
+    _model,
+    _optimizer,
+    _scheduler,
+    _fault_tolerance,
+    _profiling,
+    overlap_problems,
+    _secrets,
+    peft_problems,
+)
 # What can be proven only where the run's files, or the machine that it runs on, are.
 _CHECKS_BY_SIGHT = {
     "files": (_data, _checkpoint, _logger),

@@ -1,0 +1,83 @@
+"""What `ConfigContainer.peft` changes in a run: how the model is built, what the optimizer sees, what is saved."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft import PEFT
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+
+def peft_problems(cfg: "ConfigContainer") -> Iterator[str]:
+    """What is wrong with the section, and with others because of it."""
+    method = cfg.peft
+    if method is None:
+        return
+    if not isinstance(method, PEFT):
+        yield f"peft={method!r} is no PEFT method; give an object such as LoRA(), or a name: peft=lora"
+        return
+    method.settle()
+    yield from (f"peft: {problem}" for problem in method.problems())
+    weights_given = getattr(cfg.model, "_provides_initial_weights", lambda: False)()
+    if cfg.checkpoint.pretrained_checkpoint is None and not weights_given:
+        yield (
+            "peft trains beside weights that stay as they are, and nothing gives them: build the model by "
+            "AutoBridge.from_hf_pretrained(...).to_megatron_provider(), or set checkpoint.pretrained_checkpoint"
+        )
+
+
+def apply_peft(cfg: "ConfigContainer", chunks: "list[Any]") -> "list[Any]":
+    """Give bare chunks the weights they start from, then the method: what it makes of weights must see these."""
+    from megatron.bridge.training.checkpoint import load_weights
+    from megatron.bridge.training.hf_side import is_hf_folder, load_hf
+
+    start = cfg.checkpoint.pretrained_checkpoint
+    if start is not None and is_hf_folder(start):
+        load_hf(cfg, chunks, None)
+    elif start is not None:
+        load_weights(chunks, None, start)
+    bound: list[Any] = cfg.peft(chunks, training=True)
+    return bound
+
+
+def optimizer_overrides(cfg: "ConfigContainer", settings: Any) -> Any:
+    """Megatron-Core's overrides per parameter with those of the method; None where it has none.
+
+    Args:
+        settings: Megatron-Core's `OptimizerConfig` of the run.
+    """
+    wanted = {} if cfg.peft is None else cfg.peft.optimizer_overrides(settings.lr, settings.min_lr or 0.0)
+    if not wanted:
+        return None
+    from megatron.core.optimizer import ParamKey, get_standard_config_overrides
+
+    overrides = get_standard_config_overrides(settings)
+    return overrides | {ParamKey(name=pattern): dict(values) for pattern, values in wanted.items()}
+
+
+def trained_part(state: dict[str, Any], chunks: "Sequence[Any]", keys: Sequence[str]) -> dict[str, Any]:
+    """A sharded state dict without what a method keeps as it was.
+
+    Args:
+        state: of all of the model, by the chunks' keys.
+        chunks: unwrapped.
+        keys: of the chunks in `state`.
+    """
+    from megatron.bridge.conversion.live_weights import is_adapter_weight
+
+    kept = {}
+    for key, chunk in zip(keys, chunks, strict=True):
+        trained = {name for name, each in chunk.named_parameters() if each.requires_grad}
+        kept[key] = {name: value for name, value in state[key].items() if name in trained or is_adapter_weight(name)}
+    return state | kept
+
+
+def fill_trained_part(chunks: "Sequence[Any]", loaded: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Put a loaded state dict of `trained_part` into chunks; the rest stays."""
+    for key, chunk in zip(keys, chunks, strict=True):
+        # A pipeline stage without adapters has nothing to load.
+        outcome = chunk.load_state_dict(loaded.get(key, {}), strict=False)
+        if outcome.unexpected_keys:
+            raise BridgeError(f"the checkpoint has what the model lacks: {', '.join(outcome.unexpected_keys[:8])}")
