@@ -138,7 +138,7 @@ def _plain(model: Model, folder: Path) -> Curve:
     cfg = _run(AutoBridge.from_hf_pretrained(folder), model, Layout())
     with distributed(cfg):
         cfg.model.initialize_model_parallel(0)
-        data = batches_per_chunk(cfg, build_datasets(cfg)[0], 1, 0)[0]
+        data = batches_per_chunk(cfg, build_datasets(cfg)[0], 1, cfg.train.global_batch_size)[0]
         network = AutoModelForCausalLM.from_pretrained(folder).eval()  # without dropout
         losses, norms = _steps(network, cfg.optimizer, data)
         network.save_pretrained(folder / "plain")

@@ -30,7 +30,8 @@ def test_the_loop_is_a_plain_torch_loop(make_run: Callable[..., Any], initial_we
             run = setup(cfg)
             reference = cfg.model.provide_distributed_model(wrap_with_ddp=False)[0]
             reference.load_state_dict(run.model[0].module.state_dict())
-            expected = _plain_loop(cfg, reference, batches_per_chunk(cfg, build_datasets(cfg)[0], 1, 0)[0])
+            batches = batches_per_chunk(cfg, build_datasets(cfg)[0], 1, cfg.train.global_batch_size)[0]
+            expected = _plain_loop(cfg, reference, batches)
             result = train(run, forward_step)
             trained = run.model[0].module.state_dict()
             furthest = max(

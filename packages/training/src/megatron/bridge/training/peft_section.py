@@ -20,7 +20,7 @@ def peft_problems(cfg: "ConfigContainer") -> Iterator[str]:
         return
     method.settle()
     yield from (f"peft: {problem}" for problem in method.problems())
-    weights_given = getattr(cfg.model, "_provides_initial_weights", lambda: False)()
+    weights_given = getattr(cfg.model, "loads_weights", False)
     if cfg.checkpoint.pretrained_checkpoint is None and not weights_given:
         yield (
             "peft trains beside weights that stay as they are, and nothing gives them: build the model by "

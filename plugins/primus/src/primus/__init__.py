@@ -1,0 +1,1 @@
+"""Post-training by the flags and files of Primus, run by Megatron Bridge."""

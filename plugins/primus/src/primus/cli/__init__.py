@@ -1,0 +1,1 @@
+"""`primus train`, and `python -m primus.cli.convert`."""
