@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 from parity.curves import Difference
 from parity.measured import measured
-from parity.models import MODELS, TESTED
+from parity.models import MODELS
 from parity.page import PLAIN
 
 PAGE = Path(__file__).parents[1] / "docs/parity.md"
 TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 
 
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_trains_as_on_one_rank_at_every_layout(name: str, tmp_path: Path) -> None:
-    found = measured(TESTED[name], tmp_path / "hf")
-    assert found.keys() >= TESTED[name].layouts.keys() - {"single"}
+    found = measured(MODELS[name], tmp_path / "hf")
+    assert found.keys() >= MODELS[name].layouts.keys() - {"single"}
     refused = {layout: why for layout, why in found.items() if isinstance(why, str)}
     assert not refused
     for layout, each in found.items():

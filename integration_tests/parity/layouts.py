@@ -57,5 +57,3 @@ EXPERTS: dict[str, Layout] = {
 # The balance between experts is a micro-batch's, so another micro-batch is another loss.
 BALANCED = {name: each for name, each in EXPERTS.items() if "micro_batch_size" not in each.settings}
 FEW = {name: EXPERTS[name] for name in (ONE, "ep2", "tp2ep2sp")}
-# For models whose layers cannot divide a sequence over context-parallel ranks, nor all have virtual stages.
-ANYWHERE = {name: each for name, each in DENSE.items() if "cp2" not in name and "vpp2" not in name}

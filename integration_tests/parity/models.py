@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from zoo.exhibits import exhibits
-
 from megatron.bridge.testing import save_random_model
-from parity.layouts import ANYWHERE, BALANCED, DENSE, EXPERTS, FEW, Layout
+from parity.layouts import BALANCED, DENSE, FEW, Layout
 
 SEQUENCE = 16
 _SIZES: dict[str, Any] = {
@@ -39,52 +36,30 @@ class Model:
 
     Attributes:
         layouts: at which it trains.
-        config: transformers' class of the configuration, by name; None for the zoo's first case of `architecture`.
+        config: transformers' class of the configuration, by name.
         values: of the configuration, besides the sizes that all have.
         fields: of the provider.
         plain: whether transformers computes the same loss.
     """
 
     layouts: Mapping[str, Layout]
-    config: str | None = None
+    config: str
     values: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    architecture: str | None = None
     plain: bool = True
 
     def save(self, folder: Path) -> None:
         """Random weights in a Hugging Face folder."""
         import transformers
 
-        if self.config is None:
-            save_random_model(_zoo()[str(self.architecture)][0].config, folder)
-        else:
-            save_random_model(getattr(transformers, self.config)(**_SIZES, **self.values), folder)
+        save_random_model(getattr(transformers, self.config)(**_SIZES, **self.values), folder)
 
 
-_zoo = cache(exhibits)
 _NO_BALANCE = {"moe_router_load_balancing_type": "none"}
 # The term is a micro-batch's here, and a whole batch's in transformers.
 _BALANCE = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
-# In every run of the tests.
-TESTED: dict[str, Model] = {
+MODELS: dict[str, Model] = {
     "Llama": Model(DENSE, "LlamaConfig", {"tie_word_embeddings": True}),
     "Qwen3-MoE": Model(FEW, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
     "Qwen3-MoE-balanced": Model(BALANCED, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
-}
-
-
-def _of_the_zoo(architecture: str, layouts: Mapping[str, Layout] = ANYWHERE, **fields: Any) -> Model:
-    return Model(layouts, architecture=architecture, fields=fields)
-
-
-# Besides those, in `just parity`.
-MODELS: dict[str, Model] = {
-    **TESTED,
-    "DeepSeek-V3": _of_the_zoo("DeepseekV3ForCausalLM", EXPERTS, **_NO_BALANCE),
-    "GPT-OSS": _of_the_zoo("GptOssForCausalLM", EXPERTS, **_NO_BALANCE),
-    "Gemma3": _of_the_zoo("Gemma3ForCausalLM"),
-    "Qwen3-Next": _of_the_zoo("Qwen3NextForCausalLM", EXPERTS, **_NO_BALANCE),
-    "Falcon-H1": _of_the_zoo("FalconH1ForCausalLM"),
-    "Cohere2": _of_the_zoo("Cohere2ForCausalLM"),
 }
