@@ -12,6 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs/parity.md"
 TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 
 
+@pytest.mark.timeout(1200)  # twenty layouts of up to four ranks, on a machine that may be busy
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_trains_as_on_one_rank_at_every_layout(name: str, tmp_path: Path) -> None:
     found = measured(MODELS[name], tmp_path / "hf")
