@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.flops import config_flops_per_token
@@ -85,23 +86,31 @@ def unchecked(question: Question, layout: Layout) -> Plan | None:
 
 
 def _planned(question: Question, layout: Layout) -> Plan:
-    shape, device = layout.at(question.shape), question.cluster.device
-    replicas = question.cluster.count // layout.ranks
-    micro_batches = question.global_batch // (replicas * layout.micro_batch)
-    run = {"replicas": replicas, "micro_batches": micro_batches, "size": question.size}
-    time = step_time(shape, layout, device, eight_bit=question.eight_bit, **run)  # type: ignore[arg-type]
+    shape, device, run = layout.at(question.shape), question.cluster.device, _run(question, layout)
+    time = step_time(shape, layout, device, eight_bit=question.eight_bit, **run)
     flops = step_operations(question)
     return Plan(
         layout=layout,
-        replicas=replicas,
-        micro_batches=micro_batches,
-        memory=rank_memory(shape, layout, spec=question.spec, **run),
-        sent=communication(shape, layout, **run),  # type: ignore[arg-type]
+        replicas=run["replicas"],
+        micro_batches=run["micro_batches"],
+        memory=_memory(question, layout),
+        sent=communication(shape, layout, **run),
         time=time,
-        bubble=bubble_share(layout, micro_batches),
+        bubble=bubble_share(layout, run["micro_batches"]),
         flops=flops,
         mfu=flops / time.total / question.cluster.count / (device.bf16_tflops * 1e12),
     )
+
+
+def _memory(question: Question, layout: Layout) -> Memory:
+    return rank_memory(layout.at(question.shape), layout, spec=question.spec, **_run(question, layout))
+
+
+def _run(question: Question, layout: Layout) -> dict[str, Any]:
+    """How the batch is divided, and into what."""
+    replicas = question.cluster.count // layout.ranks
+    batches = question.global_batch // (replicas * layout.micro_batch)
+    return {"replicas": replicas, "micro_batches": batches, "size": question.size}
 
 
 def step_operations(question: Question) -> float:
@@ -119,21 +128,21 @@ def best(question: Question, count: int = 3) -> list[Plan]:
     """
     room = USABLE * question.cluster.device.memory_gb * 1e9
     fitting: list[Plan] = []
-    smallest: Plan | None = None
+    smallest: tuple[float, Layout] | None = None
     for layout in candidates(question.shape, question.cluster, question.global_batch):
         for each in (layout, dataclasses.replace(layout, recompute="full")):
-            plan = _planned(question, each)
-            if smallest is None or plan.memory.total < smallest.memory.total:
-                smallest = plan
-            if plan.memory.total <= room:
-                fitting.append(plan)
+            taken = _memory(question, each).total
+            if smallest is None or taken < smallest[0]:
+                smallest = taken, each
+            if taken <= room:
+                fitting.append(_planned(question, each))
                 break
     if not fitting:
         raise BridgeError(_why_none(question, smallest))
     return sorted(fitting, key=lambda plan: plan.time.total)[:count]
 
 
-def _why_none(question: Question, smallest: Plan | None) -> str:
+def _why_none(question: Question, smallest: tuple[float, Layout] | None) -> str:
     parameters = f"{model_parameters(question.shape) / 1e9:.4g}B parameters"
     if smallest is None:
         return (
@@ -141,7 +150,7 @@ def _why_none(question: Question, smallest: Plan | None) -> str:
             f"sequences and {question.shape.num_layers} layers; change --global-batch-size, or the number of devices"
         )
     return (
-        f"a model of {parameters} does not fit {question.cluster}: the smallest layout, {smallest.layout}, takes "
-        f"{smallest.memory.total / 1e9:.4g} GB per device, and {USABLE:.0%} of {question.cluster.device.memory_gb} GB "
+        f"a model of {parameters} does not fit {question.cluster}: the smallest layout, {smallest[1]}, takes "
+        f"{smallest[0] / 1e9:.4g} GB per device, and {USABLE:.0%} of {question.cluster.device.memory_gb} GB "
         "can be used; take more devices, larger ones, or shorter sequences"
     )
