@@ -1,6 +1,7 @@
 """Every recipe is offered, builds offline and fast, is right for its model, and has the published values."""
 
 import importlib
+import json
 import time
 import tomllib
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.recipes.base.building import build
 from megatron.bridge.recipes.base.changes import long_context, precision
 from megatron.bridge.recipes.base.families import entry_points, recipes, sizes
+from megatron.bridge.recipes.base.hardware import LAYOUTS
 from megatron.bridge.recipes.base.shrunk import shrunk
 from megatron.bridge.recipes.llama import llama32_1b, llama32_1b_finetune_config, llama32_1b_pretrain_config
 from megatron.bridge.training.config import ConfigContainer
@@ -181,3 +183,25 @@ def test_changes_of_any_recipe() -> None:
         build(described.but("test", {"trane.train_iters": 2}))
     with pytest.raises(BridgeError, match="section 'train' of the recipe"):
         build(described.but("test", {"train.iters": 2}))
+
+
+def test_layouts_by_hardware_fit_and_run() -> None:
+    """What is recorded is what the planner says of it, and is refused by nothing."""
+    from megatron.bridge.training.planner.asking import question
+    from megatron.bridge.training.planner.hardware import cluster
+    from megatron.bridge.training.planner.layout import Layout
+    from megatron.bridge.training.planner.plan import planned
+
+    recorded = json.loads(LAYOUTS.read_text("utf-8"))
+    assert len(recorded) >= 50
+    for name in ("llama31_8b", "llama31_70b", "qwen3_30b_a3b", "gemma2_27b", "gpt_oss_120b"):
+        for place, entry in recorded[name]["pretrain"].items():
+            asked = question(cluster(place), recipe=f"{name}_pretrain_config", global_batch=entry["batch"])
+            found = planned(asked, Layout.parse(entry["layout"]))
+            assert round(found.memory.total / 1e9, 1) == entry["gb"], "run `just recipes`"
+            assert found.memory.total < 0.9 * asked.cluster.device.memory_gb * 1e9
+            cfg = RECIPES[f"{name}_pretrain_config"](gpus=place)
+            cfg.validate(asked.cluster.count, sight=frozenset())
+    with pytest.raises(BridgeError, match="for gpus='64xH10'; did you mean '64xH100'"):
+        RECIPES["llama31_70b_pretrain_config"](gpus="64xH10")
+    assert llama32_1b.lora_config(gpus="8xH100").train.global_batch_size % 8 == 0

@@ -144,7 +144,7 @@ class Pretrain(Recipe):
     def title(self) -> str:
         return f"{self.size.title}: pretraining"
 
-    def describe(self, **given: Unpack[Arguments]) -> Description:
+    def describe(self, **given: Any) -> Description:
         self._refuse_unknown(given, Arguments.__annotations__)
         return self._with(tasks.pretraining(self.size), given)
 
@@ -169,7 +169,7 @@ class Finetune(Recipe):
     def title(self) -> str:
         return f"{self.size.title}: " + ("tuning of all weights" if self.peft is None else f"tuning with {self.peft}")
 
-    def describe(self, **given: Unpack[FinetuneArguments]) -> Description:
+    def describe(self, **given: Any) -> Description:
         self._refuse_unknown(given, FinetuneArguments.__annotations__)
         return self._with(self._tuned(given.get("peft") or self.peft), given)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layout_checks import layout_problems
@@ -43,7 +44,7 @@ def _with_batches(
     shape: ModelShape, cluster: Cluster, global_batch: int, tensor: int, context: int, pipeline: int, expert: int
 ) -> Iterator[Layout]:
     depth = shape.num_layers // pipeline
-    sizes = {"tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert}
+    sizes: dict[str, Any] = {"tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert}
     if problems(shape, Layout(**sizes), cluster.count, global_batch):
         return
     for virtual in {1, *(depth // each for each in (1, 2, 4) if pipeline > 1 and depth % each == 0)}:

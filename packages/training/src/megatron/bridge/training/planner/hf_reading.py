@@ -33,7 +33,7 @@ def shape_of_hf(values: Mapping[str, Any]) -> ModelShape:
         )
     light = type(f"Light{family.__name__}", (_Light, family), {})
     try:
-        return shape_of(light(_Config(values)).provider_bridge())  # type: ignore[arg-type]
+        return shape_of(light(_Config(values)).provider_bridge())
     except AttributeError as error:
         raise BridgeError(
             f"config.json of {names[0]} lacks {error.name!r}; add it, as transformers saves it"
