@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.recipes.base.building import hf_config
 from megatron.bridge.recipes.base.families import entry_points, recipes, sizes
 from megatron.bridge.recipes.base.hardware import LAYOUTS
+from megatron.bridge.recipes.base.modules import recipes_of_size
+from megatron.bridge.recipes.base.recipe import Recipe
 from megatron.bridge.recipes.base.trial import trial
 from megatron.bridge.testing import import_engine, run_ranks
 from recipe_book.layouts import layouts
@@ -31,7 +34,10 @@ def main() -> int:
     if sys.argv[1:] == ["layouts"]:
         return 0
     import_engine()
-    tried = run_ranks(1, tried_all, timeout=3600)[0]
+    tried: dict[str, str | None] = {}
+    for name, (_, size) in sizes().items():
+        # A fork for each: process groups leave threads behind that do not rest.
+        tried |= run_ranks(1, tried_tasks, recipes_of_size(name, size), timeout=600)[0]
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     PAGE.write_text(page(counted(), tried, chosen, versions), "utf-8")
     return 0
@@ -43,16 +49,16 @@ def _compact(chosen: dict[str, object]) -> str:
     return f"{{\n{lines}\n}}\n"
 
 
-def tried_all() -> dict[str, str | None]:
+def tried_tasks(tasks: Mapping[str, Recipe]) -> dict[str, str | None]:
     """Recipe -> why its tiny variant was refused, None where it trained."""
     found: dict[str, str | None] = {}
-    for name, recipe in recipes().items():
+    for recipe in tasks.values():
         try:
             trial(recipe.describe())
-            found[name] = None
+            found[recipe.name] = None
         except BridgeError as error:
-            found[name] = str(error)
-        print(name, found[name] or "trained", flush=True)
+            found[recipe.name] = str(error)
+        print(recipe.name, found[recipe.name] or "trained", flush=True)
     return found
 
 

@@ -69,7 +69,11 @@ def _of_recipe(name: str) -> tuple[ModelShape, dict[str, Any]]:
     recipe = RECIPES[name]
     if hasattr(recipe, "describe"):
         described = recipe.describe()
-        return shape_of_hf(described.hf_config), {key: each.value for key, each in described.settings.items()}
+        settings = {key: each.value for key, each in described.settings.items()}
+        if described.settings["train.global_batch_size"].source.startswith("ours"):
+            # Nobody published one, and what suits a try on one machine does not suit a cluster.
+            del settings["train.global_batch_size"]
+        return shape_of_hf(described.hf_config), settings
     from megatron.bridge.platform.engine import import_engine
 
     import_engine()
