@@ -15,11 +15,14 @@ _HEAD = f"""\
 Made by `just parity`, which trains tiny random models for {STEPS} steps in float32; not written by hand. Each figure is
 the largest difference from one rank with the same weights and samples: of the losses / of the gradient norms (both
 relative) / of any weight after the last step. In the first line one rank is compared with transformers' model in a
-plain loop with `torch.optim.AdamW`. Every run of the tests measures the same and allows 1e-5.
+plain loop with `torch.optim.AdamW`. Every run of the tests measures the same, of DeepSeek-V3 a few layouts, and
+allows 1e-5.
 
 `sp2` is TP2 with sequence parallelism; the other names are those of [the record](capabilities.md), `cp2` is
 `context_parallel_size=2`, `dp2` two replicas. Mixtures of experts train under tensor parallelism with sequence
-parallelism only (Megatron-Core's rule), and a balancing loss is a micro-batch's own, hence the empty cells.
+parallelism only (Megatron-Core's rule), a balancing loss is a micro-batch's own, and multi-latent attention is not
+divided along sequences, hence the empty cells. DeepSeek-V3-MTP has two prediction layers, and its routers' biases move
+after each step; transformers has neither.
 """
 
 

@@ -17,7 +17,7 @@ from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.data import stream_states as states_of_streams
-from megatron.bridge.training.hf_side import is_hf_folder
+from megatron.bridge.training.hf_side import is_hf_folder, write_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
@@ -129,6 +129,9 @@ def _start_save(
             state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
         if scheduler is not None:
             state["opt_param_scheduler"] = scheduler.state_dict()
+        prepared = None
+        if cfg.checkpoint.save_hf:
+            prepared = write_hf_folder(cfg, model, progress.iteration)
         beside = on_every_rank(
             lambda: side_files(cfg, scratch) if platform.is_rank_zero() else {}, "cannot describe the run"
         )
@@ -139,6 +142,7 @@ def _start_save(
             side_files=beside,
             content_metadata=dict(_SHARDING),
             background=background,
+            prepared=prepared,
         )
 
 
