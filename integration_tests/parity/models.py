@@ -1,6 +1,6 @@
 """The models that are trained: transformers' own configurations, small."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,18 @@ from typing import Any
 from zoo.exhibits import FAMILY_TESTS, module_at
 
 from megatron.bridge.testing import save_random_model
-from parity.layouts import BALANCED, DENSE, FEW, LATENT, LATENT_FEW, ONE, Layout
+from parity.layouts import (
+    BALANCED,
+    DENSE,
+    DENSE_OFTEN,
+    EXPERTS_OFTEN,
+    FEW,
+    FEW_OFTEN,
+    LATENT,
+    LATENT_FEW,
+    ONE,
+    Layout,
+)
 
 SEQUENCE = 16
 _PREDICTIONS = FAMILY_TESTS / "test_prediction_layers.py"
@@ -56,7 +67,7 @@ class Model:
 
     Attributes:
         layouts: at which it trains.
-        tested: those of them that every run of the tests takes; None for all.
+        often: the names of those that every run of the tests trains.
         config: transformers' class of the configuration, by name.
         values: of the configuration, besides the sizes that all have.
         fields: of the provider.
@@ -64,16 +75,11 @@ class Model:
     """
 
     layouts: Mapping[str, Layout]
+    often: tuple[str, ...]
     config: str
     values: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     plain: bool = True
-    tested: Collection[str] | None = None
-
-    @property
-    def tested_layouts(self) -> dict[str, Layout]:
-        """Those that every run of the tests takes."""
-        return {name: each for name, each in self.layouts.items() if self.tested is None or name in self.tested}
 
     def save(self, folder: Path) -> None:
         """Random weights in a Hugging Face folder, with those of prediction layers, which transformers leaves out."""
@@ -89,17 +95,17 @@ _NO_BALANCE = {"moe_router_load_balancing_type": "none"}
 # The term is a micro-batch's here, and a whole batch's in transformers.
 _BALANCE = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 MODELS: dict[str, Model] = {
-    "Llama": Model(DENSE, "LlamaConfig", {"tie_word_embeddings": True}),
-    "Qwen3-MoE": Model(FEW, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
-    "Qwen3-MoE-balanced": Model(BALANCED, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
+    "Llama": Model(DENSE, DENSE_OFTEN, "LlamaConfig", {"tie_word_embeddings": True}),
+    "Qwen3-MoE": Model(FEW, FEW_OFTEN, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
+    "Qwen3-MoE-balanced": Model(BALANCED, EXPERTS_OFTEN, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
     # transformers leaves the routers' biases as they are.
-    "DeepSeek-V3": Model(LATENT_FEW, "DeepseekV3Config", _LATENT, {"moe_router_bias_update_rate": 0.0}, tested=(ONE,)),
+    "DeepSeek-V3": Model(LATENT_FEW, (ONE,), "DeepseekV3Config", _LATENT, {"moe_router_bias_update_rate": 0.0}),
     "DeepSeek-V3-MTP": Model(
         LATENT,
+        (ONE, "sp2", "pp2", "ep2"),
         "DeepseekV3Config",
         {**_LATENT, "num_nextn_predict_layers": 2},
         {"moe_router_bias_update_rate": 1e-2},
         plain=False,
-        tested=(ONE, "sp2", "pp2", "ep2"),
     ),
 }
