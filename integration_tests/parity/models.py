@@ -102,7 +102,7 @@ MODELS: dict[str, Model] = {
     "DeepSeek-V3": Model(LATENT_FEW, (ONE,), "DeepseekV3Config", _LATENT, {"moe_router_bias_update_rate": 0.0}),
     "DeepSeek-V3-MTP": Model(
         LATENT,
-        (ONE, "sp2", "pp2", "ep2"),
+        (),
         "DeepseekV3Config",
         {**_LATENT, "num_nextn_predict_layers": 2},
         {"moe_router_bias_update_rate": 1e-2},

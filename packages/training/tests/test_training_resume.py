@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "DP2, distributed optimizer, bf16": (2, {"bf16": True, "params_dtype": torch.bfloat16}, DISTRIBUTED),
     "TP2 with dropout": (2, {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}, {}),
     "PP2 x VPP2": (2, VPP, {}),
+    "DP2 with dropout of each replica's own": (2, {"hidden_dropout": 0.1}, {"data_parallel_random_init": True}),
 }
 
 
@@ -62,6 +63,17 @@ def test_ten_steps_are_five_and_five(name: str, make_run: Callable[..., Any], tm
         return [key for key in one if not torch.equal(one[key], other[key])]
 
     assert run_ranks(1, differing, timeout=60) == [[]]
+
+
+def test_replicas_may_draw_random_numbers_of_their_own(make_run: Callable[..., Any]) -> None:
+    def work() -> list[dict[int, float]]:
+        dropout, own = {"hidden_dropout": 0.1}, {"data_parallel_random_init": True}
+        runs: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}), ({}, own), (dropout, {}), (dropout, own)]
+        return [pretrain(make_run(model, train_iters=2, **settings), forward_step).losses for model, settings in runs]
+
+    plain, from_the_same_weights, alike, each_its_own = run_ranks(2, work, timeout=120)[0]
+    assert plain == from_the_same_weights
+    assert alike[1] != each_its_own[1]
 
 
 def test_a_run_goes_on_at_another_layout(make_run: Callable[..., Any], tmp_path: Path) -> None:

@@ -119,9 +119,9 @@ def _start_save(
             "checkpoint_version": 3.0,
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
-            "parallel_layout": _layout(),
+            "parallel_layout": _layout(cfg),
             "distributed_optimizer": cfg.ddp.use_distributed_optimizer,
-            "rng_state": random_state(),
+            "rng_state": random_state(by_replica=cfg.rng.data_parallel_random_init),
             **held,
         }
         if optimizer is not None:
@@ -184,9 +184,9 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         )
     state = _trained_state(model, cfg)
     ignore: tuple[str, ...] = ()
-    same_layout = common.get("parallel_layout") == _layout()
+    same_layout = common.get("parallel_layout") == _layout(cfg)
     if cfg.checkpoint.load_rng and same_layout:
-        state["rng_state"] = random_state()
+        state["rng_state"] = random_state(by_replica=cfg.rng.data_parallel_random_init)
     else:
         ignore += ("rng_state",)
     if optimizer is not None and cfg.checkpoint.load_optim:
@@ -279,10 +279,14 @@ def _fill_trained(model: list[Any], loaded: Mapping[str, Any], cfg: "ConfigConta
         fill_trained_part(chunks, loaded, state_keys(len(chunks)))
 
 
-def _layout() -> dict[str, int]:
+def _layout(cfg: "ConfigContainer") -> dict[str, int]:
+    """By what the random states are divided."""
     from megatron.core import parallel_state
 
-    return {
+    layout = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
+    if cfg.rng.data_parallel_random_init:
+        layout["data"] = parallel_state.get_data_parallel_world_size()
+    return layout

@@ -288,10 +288,13 @@ class RNGConfig:
         seed: of weights, dropout and the order of data loading.
         te_rng_tracker: keep the random states of model-parallel regions in Transformer Engine's tracker, which CUDA
             graphs need.
+        data_parallel_random_init: data-parallel replicas draw random numbers of their own, e.g. for dropout, each from
+            `seed` + 10 x its number. They start from the first one's weights all the same.
     """
 
     seed: int = 1234
     te_rng_tracker: bool = False
+    data_parallel_random_init: bool = False
 
 
 @dataclass(kw_only=True)
