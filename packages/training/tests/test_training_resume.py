@@ -13,7 +13,7 @@ from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
 from megatron.bridge.training.callbacks import Callback
-from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron.bridge.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.overrides import apply_yaml
 from megatron.bridge.training.pretrain import pretrain
@@ -162,9 +162,13 @@ def test_a_run_never_writes_into_another_runs_folder(make_run: Callable[..., Any
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_run: Callable[..., Any], initial_weights: Path) -> None:
-    cfg = make_run({"ffn_hidden_size": 32}, pretrained_checkpoint=str(initial_weights))
+    def work() -> None:
+        cfg = make_run({"ffn_hidden_size": 32})
+        with distributed(cfg):
+            load_weights(setup(cfg).model, None, initial_weights)
+
     with pytest.raises(RankFailed, match=r"does not fit this model.*linear_fc1\.weight is \[4, 128, 32\]"):
-        run_ranks(1, pretrain, cfg, forward_step, timeout=60)
+        run_ranks(1, work, timeout=60)
 
 
 def test_a_missing_checkpoint_is_refused_before_anything_is_built(make_run: Callable[..., Any], tmp_path: Path) -> None:
