@@ -17,7 +17,6 @@ from parity.layouts import (
     FEW_OFTEN,
     LATENT,
     LATENT_FEW,
-    ONE,
     Layout,
 )
 
@@ -67,7 +66,7 @@ class Model:
 
     Attributes:
         layouts: at which it trains.
-        often: the names of those that every run of the tests trains.
+        often: the names of those that every run of the tests trains; of a model without any, `kinds` takes a step.
         config: transformers' class of the configuration, by name.
         values: of the configuration, besides the sizes that all have.
         fields: of the provider.
@@ -99,12 +98,12 @@ MODELS: dict[str, Model] = {
     "Qwen3-MoE": Model(FEW, FEW_OFTEN, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
     "Qwen3-MoE-balanced": Model(BALANCED, EXPERTS_OFTEN, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
     # transformers leaves the routers' biases as they are.
-    "DeepSeek-V3": Model(LATENT_FEW, (ONE,), "DeepseekV3Config", _LATENT, {"moe_router_bias_update_rate": 0.0}),
+    "DeepSeek-V3": Model(LATENT_FEW, (), "DeepseekV3Config", _LATENT, {"moe_router_bias_update_rate": 0.0}),
     "DeepSeek-V3-MTP": Model(
         LATENT,
         (),
         "DeepseekV3Config",
-        {**_LATENT, "num_nextn_predict_layers": 2},
+        {**_LATENT, "num_nextn_predict_layers": 1},
         {"moe_router_bias_update_rate": 1e-2},
         plain=False,
     ),

@@ -23,7 +23,7 @@ plain loop with `torch.optim.AdamW`. Every run of the tests measures those marke
 `sp2` is TP2 with sequence parallelism; the other names are those of [the record](capabilities.md), `cp2` is
 `context_parallel_size=2`, `dp2` two replicas. Mixtures of experts train under tensor parallelism with sequence
 parallelism only (Megatron-Core's rule), a balancing loss is a micro-batch's own, and multi-latent attention is not
-divided along sequences, hence the empty cells. DeepSeek-V3-MTP has two prediction layers, and its routers' biases move
+divided along sequences, hence the empty cells. DeepSeek-V3-MTP has a prediction layer, and its routers' biases move
 after each step; transformers has neither.
 """
 _KINDS = """
@@ -65,7 +65,7 @@ def _lines(results: Results) -> Iterator[str]:
 
 def _mark(name: str, layout: str) -> str:
     model = MODELS[name]
-    often = model.plain if layout == PLAIN else layout in model.often
+    often = model.plain and model.often if layout == PLAIN else layout in model.often
     return " *" if often else ""
 
 
