@@ -16,6 +16,7 @@ from megatron.bridge.conversion.hf import HFFolderWriter
 from megatron.bridge.conversion.integrity import recorded_digests, wrong_files
 from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft import LoRA
 from megatron.bridge.testing import run_ranks, save_random_model
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.gpt_step import forward_step
@@ -62,15 +63,19 @@ def _run(make_run: Callable[..., Any], hf_folder: Path, save: Path, **settings: 
     return cfg
 
 
-@pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize(
+    ("in_background", "adapter"), [(False, False), (True, False), (False, True)], ids=["at once", "behind", "adapter"]
+)
 def test_each_checkpoint_holds_its_step_for_transformers(
-    in_background: bool, hf_folder: Path, make_run: Callable[..., Any], tmp_path: Path
+    in_background: bool, adapter: bool, hf_folder: Path, make_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     root = tmp_path / "run"
 
     def work() -> list[torch.Tensor]:
         logits = Logits()
-        pretrain(_run(make_run, hf_folder, root, most_recent_k=2, async_save=in_background), forward_step, [logits])
+        cfg = _run(make_run, hf_folder, root, most_recent_k=2, async_save=in_background)
+        cfg.peft = LoRA(dim=4, alpha=8) if adapter else None
+        pretrain(cfg, forward_step, [logits])
         return logits.held
 
     logits = run_ranks(2, work, timeout=120)[0]
@@ -80,6 +85,7 @@ def test_each_checkpoint_holds_its_step_for_transformers(
         assert not wrong_files(folder)
         assert "hf/model.safetensors" in recorded_digests(folder)
         assert {each.name for each in hf_folder.iterdir()} <= {each.name for each in (folder / "hf").iterdir()}
+        assert not torch.allclose(logits[iteration - 1], logits[iteration - 2], atol=1e-4)
         model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
         with torch.no_grad():
             torch.testing.assert_close(model(TOKENS).logits, logits[iteration - 1], rtol=0, atol=1e-5)

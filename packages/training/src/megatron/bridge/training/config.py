@@ -174,8 +174,8 @@ class CheckpointConfig:
         pretrained_checkpoint: what a fresh run takes its weights from: a Megatron checkpoint (made by
             `AutoBridge.import_ckpt`, by a run, or by Megatron-LM's torch_dist format), or a Hugging Face folder.
         hf_save_path: Hugging Face folder to write when the run has done all its steps.
-        save_hf: make of `hf/` in each checkpoint, which describes the model, a whole Hugging Face folder with weights.
-            They are written at once, also under `async_save`.
+        save_hf: make of `hf/` in each checkpoint, which describes the model, a whole Hugging Face folder with weights,
+            those of an adapter merged into the others. They are written at once, also under `async_save`.
     """
 
     save: str | None = None
