@@ -4,7 +4,6 @@ The update is nearly the gradient itself (Adam's, with a large epsilon), so that
 gradients: small differences do not grow as they do over many steps of random models.
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,8 @@ def _steps(models: Mapping[str, tuple[Path, Fields]], layout: Layout) -> dict[st
 def _step(name: str, folder: Path, fields: Fields, layout: Layout) -> Curve:
     bridge = AutoBridge.from_hf_pretrained(folder)
     cfg = run_config(bridge, fields, layout)
-    cfg.train = dataclasses.replace(cfg.train, train_iters=1, global_batch_size=4)
+    cfg.train.train_iters, cfg.scheduler.lr_warmup_iters = 1, 0
     cfg.optimizer.lr, cfg.optimizer.adam_eps, cfg.optimizer.weight_decay = 0.1, 0.1, 0.0
-    cfg.scheduler.lr_warmup_iters = 0
     cfg.tokenizer.vocab_size = min(_TOKENS, cfg.model.vocab_size)
     try:
         return curve(bridge, cfg)
