@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder when a run ends."""
+"""The trained model, or its adapter alone, as a Hugging Face folder when a run ends."""
 
 import dataclasses
 from pathlib import Path
@@ -22,14 +22,19 @@ class ExportHF(Callback):
 
     Args:
         folder: must not exist.
+        adapter: write the adapter of `cfg.peft` for Hugging Face peft, instead of the model with the adapter merged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, adapter: bool = False) -> None:
+        self.folder, self._adapter = Path(folder), adapter
 
     def on_train_start(self, run: "RunState") -> None:
         if self.folder.exists():
             raise BridgeError(f"the export folder {str(self.folder)!r} exists; choose another")
+        if self._adapter and run.cfg.peft is None:
+            raise BridgeError(
+                "there is no adapter to export: peft is not set, e.g. peft=lora; export the model instead"
+            )
         _bridge(run.cfg)
 
     def on_train_end(self, run: "RunState", result: "TrainResult") -> None:
@@ -41,7 +46,11 @@ class ExportHF(Callback):
         if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
             best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
             load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
-        _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
+        bridge = _bridge(run.cfg)
+        if self._adapter:
+            bridge.save_hf_adapter(run.model, self.folder)
+        else:
+            bridge.save_hf_pretrained(run.model, self.folder)
 
 
 def _bridge(cfg: "ConfigContainer") -> Any:
