@@ -31,7 +31,8 @@ _PREFIX = "base_model.model."
 
 
 # peft_type -> a function (configuration, weights by name, adapter's name) that gives the method whose adapters the
-# weights fill, and refuses features that Megatron models cannot have, each by name.
+# weights fill, and refuses features that Megatron models cannot have, each by name. Weights that belong to no layer it
+# proves itself, and takes them out of what it is given: whatever is left must have a place in the model.
 HF_ADAPTERS: Registry[Any] = Registry("megatron.bridge.hf_adapters", object, "kind of peft adapter")
 
 
@@ -229,11 +230,13 @@ class _Weights:
 def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *, training: bool) -> Any:
     """See `AutoBridge.load_hf_adapter`. Collective."""
     folder, what = AdapterFolder(path), f"import of the adapter {path}"
+    tensors: dict[str, torch.Tensor] = {}
     chunks = as_chunks(model)
     layout = Layout.of(chunks)
 
     def read() -> Any:
-        return HF_ADAPTERS[folder.config["peft_type"]](folder.config, folder.tensors, name)
+        tensors.update(folder.tensors)
+        return HF_ADAPTERS[folder.config["peft_type"]](folder.config, tensors, name)
 
     method = on_every_rank(read, what)
     for chunk in chunks:
@@ -244,7 +247,7 @@ def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *
         table = AdapterTable(chunks, bridge.weight_table(), name, PeftNames(bridge.hf_config), layout)
         own_names = {own for rule in table.table.rules for own in rule.hf_names}
         stacked = [NamePattern(base_name(own)) for own in own_names if base_name(own) != own]
-        source = _Weights(folder.tensors, stacked, getattr(chunks[0].config, "num_moe_experts", None) or 0)
+        source = _Weights(tensors, stacked, getattr(chunks[0].config, "num_moe_experts", None) or 0)
         load_weights(model, table.table, source, what, adapter=table.weights)
     except BaseException:
         for each in adapted(chunks):

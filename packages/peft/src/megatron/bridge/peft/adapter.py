@@ -39,7 +39,12 @@ class Adapter(torch.nn.Module):
     Args:
         place: of the layer.
         method: the settings that it was made with.
+
+    Attributes:
+        dropout: share of what `dropped_inputs` and `dropped_outputs` are given that they drop in training.
     """
+
+    dropout: float = 0.0
 
     def __init__(self, place: Place, method: Any) -> None:
         super().__init__()
@@ -96,6 +101,25 @@ class Adapter(torch.nn.Module):
             target: one of `hf_targets`.
         """
         return {}
+
+    def dropped_inputs(self, values: Tensor) -> Tensor:
+        """Dropout of what the layer is given."""
+        return self._dropped(values, differs=self.division.kind == "row" or self.division.sequence_parallel)
+
+    def dropped_outputs(self, values: Tensor) -> Tensor:
+        """Dropout of what is added to the layer's output."""
+        return self._dropped(values, differs=self.division.kind == "column" or self.division.sequence_parallel)
+
+    def _dropped(self, values: Tensor, *, differs: bool) -> Tensor:
+        """Where ranks hold different values (`differs`), each draws its own mask, otherwise all draw one."""
+        if self.dropout == 0.0 or not self.training:
+            return values
+        if not differs or self.division.size == 1:
+            return torch.nn.functional.dropout(values, self.dropout)
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        with get_cuda_rng_tracker().fork():
+            return torch.nn.functional.dropout(values, self.dropout)
 
     def add(self, name: str, tensor: Tensor, layer: Any) -> None:
         """Make a parameter of this rank's part, which Megatron-Core counts, clips and reduces like the layer's own."""
