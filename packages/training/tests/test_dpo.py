@@ -185,7 +185,13 @@ def test_the_command_tunes_and_says_the_same_to_its_ranks(folder: Path, tmp_path
     words = ["--model", folder / "hf", "--data", folder / "rows.jsonl", "--template", "plain", "--beta", "0.5"]
     words += ["--sequence-length", "48", "--run-folder", tmp_path / "run", "--export-adapter", tmp_path / "adapter"]
     words += ["--skip-bad-rows", "1", "peft=canonical_lora", "peft.target_modules=[q_proj,v_proj]"]
-    words += ["dataset.split=80,20,0", "optimizer.lr=1e-2", "train.train_iters=2", "train.global_batch_size=2", "logger.progress=false"]
+    words += [
+        "dataset.split=80,20,0",
+        "optimizer.lr=1e-2",
+        "train.train_iters=2",
+        "train.global_batch_size=2",
+        "logger.progress=false",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "megatron.bridge.training.finetune_command.start", lambda command, launching: seen.append(command)

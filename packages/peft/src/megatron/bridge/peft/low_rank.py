@@ -89,7 +89,9 @@ class LowRank(Adapter):
 
     def added(self, layer: Any, values: Tensor, output: Tensor) -> Tensor:
         """The layer's output and the product."""
-        return output + self.product(layer, values, output)
+        product = self.product(layer, values, output)
+        # The product is nobody else's, and as wide as the output: adding in place saves one such tensor.
+        return product.add_(output) if product.dtype == output.dtype else output + product
 
     def product(self, layer: Any, values: Tensor, output: Tensor, *, drop: bool = True) -> Tensor:
         """`scale * B A x` as the layer's `output` is divided, with dropout."""
