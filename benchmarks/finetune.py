@@ -5,8 +5,9 @@
 - bridge: this project's provider, `LoRA`, and Megatron-Core's DDP and optimizer;
 - peft: `peft.get_peft_model` around transformers' model, scaled-dot-product attention, and `torch.optim.AdamW`.
 
-Their steps take turns, so that whatever else runs here slows both alike, and each step is compared with the one beside
-it: by the clock, and by CPU time, which tells more on a busy machine (`OMP_NUM_THREADS=1` makes it sharper still). Then the bytes of an adapter-only checkpoint, and of the folder for peft, are set against the adapter's own.
+Their steps take turns, so that whatever else runs here slows both alike, and each is compared with the one beside it:
+by the clock, and by CPU time, which tells more on a busy machine (`OMP_NUM_THREADS=1` makes it sharper still). Then
+the bytes of an adapter-only checkpoint, and of the folder for peft, are set against the adapter's own.
 """
 
 import argparse

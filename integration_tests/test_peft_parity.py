@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, peft.PeftConfig]] = {
     "qwen3 moe": {
         "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION, target_parameters=EXPERTS),
         "lora on half of the experts": peft.LoraConfig(r=2, target_modules=["o_proj"], target_parameters=EXPERTS[:1]),
+        "lora shared by the experts": peft.LoraConfig(r=2, target_modules=["o_proj"], target_parameters=EXPERTS[:2]),
         "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=ATTENTION),
         "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
     },
@@ -89,7 +90,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def references(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[AdapterCase]]:
     root = tmp_path_factory.mktemp("adapters")
     return {
-        name: [adapter_case(kind, MODELS[name], method, root / name / kind) for kind, method in methods.items()]
+        name: [
+            adapter_case(kind, MODELS[name], method, root / name / kind, tie_experts="shared" in kind)
+            for kind, method in methods.items()
+        ]
         for name, methods in METHODS.items()
     }
 

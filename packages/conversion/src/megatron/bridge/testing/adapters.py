@@ -7,7 +7,7 @@ def test_my_method():
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ STEPS, RATE, LENGTH = 20, 1e-2, 16
 DENSE_LAYOUTS = ("single", "tp2", "sp2", "pp2")
 # Megatron-Core trains a mixture of experts over tensor-parallel ranks with sequence parallelism only.
 EXPERT_LAYOUTS = ("single", "sp2", "pp2", "ep2")
-_FILE = "adapter_model.safetensors"
+_FILE, _EXPERTS = "adapter_model.safetensors", ".experts."
 
 
 class AdapterMismatch(AssertionError):
@@ -116,8 +116,18 @@ def batch(config: "PretrainedConfig") -> "tuple[torch.Tensor, torch.Tensor]":
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def adapter_case(name: str, config: "PretrainedConfig", method: "peft.PeftConfig", folder: Path) -> AdapterCase:
-    """Let peft make an adapter with no special values on `random_model(config)`, save it to `folder`, and train it."""
+def adapter_case(
+    name: str, config: "PretrainedConfig", method: "peft.PeftConfig", folder: Path, *, tie_experts: bool = False
+) -> AdapterCase:
+    """Let peft make an adapter with no special values on `random_model(config)`, save it to `folder`, and train it.
+
+    Args:
+        name: for messages.
+        config: of the model.
+        method: of peft.
+        folder: for the adapter.
+        tie_experts: give all experts of a layer the matrices of the first, and the sum of their gradients.
+    """
     import peft
     import torch
 
@@ -127,6 +137,9 @@ def adapter_case(name: str, config: "PretrainedConfig", method: "peft.PeftConfig
     with torch.no_grad():
         for each in trained:
             each.add_(torch.randn_like(each), alpha=0.05)
+        for own, each in model.named_parameters():
+            if tie_experts and each.requires_grad and _EXPERTS in own:
+                each.copy_(_alike(own, each, config, lambda experts: experts[:1]))
     model.save_pretrained(folder, save_embedding_layers=False)
     tokens, labels = batch(config)
     with torch.no_grad():
@@ -139,11 +152,23 @@ def adapter_case(name: str, config: "PretrainedConfig", method: "peft.PeftConfig
         loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
         loss.backward()
         losses.append(loss.item())
+        for own, each in model.named_parameters():
+            if tie_experts and each.requires_grad and _EXPERTS in own:
+                each.grad = _alike(own, each.grad, config, lambda experts: experts.sum(0, keepdim=True))
         gradients = gradients or {
             _file_name(own): each.grad.clone() for own, each in model.named_parameters() if each.requires_grad
         }
         optimizer.step()
     return AdapterCase(name, config, folder, logits, gradients, losses)
+
+
+def _alike(own: str, stacked: "torch.Tensor", config: Any, made: "Callable[[torch.Tensor], torch.Tensor]") -> Any:
+    """What peft has of stacked experts, with what `made` gives, [1, ...], for each of them."""
+    from megatron.bridge.conversion.hf_adapter import packed, unpacked
+
+    name = _file_name(own)
+    experts = unpacked(name, stacked, config.num_experts)
+    return packed(name, made(experts).expand_as(experts)).contiguous()
 
 
 def _file_name(parameter: str) -> str:

@@ -174,7 +174,8 @@ def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) 
     offsets = tuple(offsets)
     experts = offsets[-1:] if division.expert else ()
     layer = f"{offsets[0][1]}." if len(offsets) > len(experts) else ""
-    inner = tuple((0, *offset[1:]) for offset in experts)
+    shared = adapter.place.shared
+    inner = () if shared else tuple((0, *offset[1:]) for offset in experts)
     group = division.group if division.group is not None else _tensor_group()
     state = make_sharded_tensors_for_checkpoint(
         adapter.state_dict(keep_vars=True),
@@ -192,6 +193,9 @@ def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) 
             )
     for value in state.values():
         value.key = value.key.replace(f"{ADAPTERS}.", f"{ADAPTERS}.{layer}", 1)
+        if shared:
+            # Written once, by whoever has the first expert, and read by all.
+            value.replica_id = (experts[0][1], *value.replica_id[1:])
     return state
 
 

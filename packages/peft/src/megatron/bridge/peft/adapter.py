@@ -1,5 +1,6 @@
 """`Adapter`: the trainable part that a method adds to one layer."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron.bridge.conversion.transforms import Transform
 from megatron.bridge.peft.divided_layer import Division
 
 type Forward = Callable[[Tensor], Any]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,19 @@ class Place:
         division: of the layer.
         hf: the Hugging Face modules that the layer holds; empty where the model has no table.
         rows: the transform between their outputs and the layer's.
+        shared: all experts of the layer hold the same parameters.
     """
 
     name: str
     division: Division
     hf: tuple[str, ...] = ()
     rows: Transform | None = None
+    shared: bool = False
+
+    @property
+    def origin(self) -> str:
+        """The name that random numbers belong to: the same for all experts that share them."""
+        return _EXPERT.sub(".", self.name) if self.shared else self.name
 
 
 class Adapter(torch.nn.Module):
@@ -121,6 +130,11 @@ class Adapter(torch.nn.Module):
         with get_cuda_rng_tracker().fork():
             return torch.nn.functional.dropout(values, self.dropout)
 
+    def hold(self, other: "Adapter") -> None:
+        """Take the parameters of `other`, which is on the same layer of another expert."""
+        for name, parameter in list(other.named_parameters()):
+            self.register_parameter(name, parameter)
+
     def add(self, name: str, tensor: Tensor, layer: Any) -> None:
         """Make a parameter of this rank's part, which Megatron-Core counts, clips and reduces like the layer's own."""
         from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -132,7 +146,8 @@ class Adapter(torch.nn.Module):
             set_tensor_model_parallel_attributes(parameter, True, shard.axis, 1)
         elif self.division.sums_gradients:
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
-        parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
+        # What experts share learns from the tokens of all of them, on whichever rank: reduced as dense weights are.
+        parameter.allreduce = self.place.shared or getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
 

@@ -44,11 +44,11 @@ class LowRank(Adapter):
         kind = method.init_lora_weights
         if division.kind == "vocabulary":
             # As peft does: an embedding's A is looked up, and begins at zero.
-            source = generator(method.seed, self.place.name)
+            source = generator(method.seed, self.place.origin)
             narrowing = torch.zeros(division.inputs, self.rank)
             expanding = torch.empty(division.outputs, self.rank).normal_(generator=source)
         elif kind in RANDOM:
-            source = generator(method.seed, self.place.name)
+            source = generator(method.seed, self.place.origin)
             narrowing, expanding = RANDOM[kind](self.rank, division.inputs, division.outputs, source)
         else:
             narrowing, expanding = self._from_weight(layer, OF_THE_WEIGHT[kind])

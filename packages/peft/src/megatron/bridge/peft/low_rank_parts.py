@@ -45,7 +45,7 @@ class LowRankParts(LowRank):
     def _begin(self, layer: Any, method: "LoRA") -> None:
         division = self.division
         for module, leaf in self._named.items():
-            source = generator(method.seed, f"{self.place.name}.{leaf}")
+            source = generator(method.seed, f"{self.place.origin}.{leaf}")
             local = self._fused.sizes[self.place.hf.index(module)]
             outputs = local * (division.size if division.kind == "column" else 1)
             narrowing, expanding = RANDOM[method.init_lora_weights](self._ranks[leaf], division.inputs, outputs, source)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.best import best_folder
 from megatron.bridge.training.callbacks import Callback
-from megatron.bridge.training.hf_side import bridge_of
+from megatron.bridge.training.hf_side import bridge_of, hf_start
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -46,11 +46,18 @@ class ExportHF(Callback):
         if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
             best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
             load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
-        bridge = _bridge(run.cfg)
         if self._adapter:
-            bridge.save_hf_adapter(run.model, self.folder)
+            _base(run.cfg).save_hf_adapter(run.model, self.folder)
         else:
-            bridge.save_hf_pretrained(run.model, self.folder)
+            _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
+
+
+def _base(cfg: "ConfigContainer") -> Any:
+    """The bridge of the model beneath an adapter, which the adapter's files name."""
+    from megatron.bridge import AutoBridge
+
+    start = hf_start(cfg)
+    return _bridge(cfg) if start is None else AutoBridge.from_hf_pretrained(start)
 
 
 def _bridge(cfg: "ConfigContainer") -> Any:
