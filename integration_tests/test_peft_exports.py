@@ -108,52 +108,68 @@ def test_what_begins_here_is_the_same_in_peft_and_comes_back(model: str, tmp_pat
         assert all(torch.equal(written[own], tensor) for own, tensor in result.weights.items()), name
 
 
-def test_experts_that_share_keep_one_copy_and_load_at_another_layout(tmp_path: Path) -> None:
-    import_engine("megatron.bridge.models.gpt_provider", "megatron.bridge.peft.low_rank")
+def _train(base: Path, layout: str, iters: int, load: Path | None, save: Path) -> list[float]:
+    from megatron.bridge.data import MockGPTDatasetConfig
+    from megatron.bridge.training import config as c
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    provider = AutoBridge.from_hf_pretrained(base).to_megatron_provider()
+    for name, value in {**layout_fields(layout), "layer_spec": "torch", "seq_length": 16}.items():
+        setattr(provider, name, value)
+    cfg = c.ConfigContainer(
+        model=provider,
+        dataset=MockGPTDatasetConfig(sequence_length=16),
+        tokenizer=c.TokenizerConfig(vocab_size=131),
+        train=c.TrainingConfig(train_iters=iters, global_batch_size=2),
+        optimizer=c.OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-2, clip_grad=0.5),
+        scheduler=c.SchedulerConfig(lr_decay_style="constant"),
+        checkpoint=c.CheckpointConfig(save=str(save), load=None if load is None else str(load)),
+        logger=c.LoggerConfig(progress=False),
+        peft=LoRA(dim=4, share_experts=True, target_modules=["linear_fc1", "linear_fc2"]),
+    )
+    return list(pretrain(cfg, forward_step).losses.values())
+
+
+def test_experts_that_share_train_and_are_kept_as_one(tmp_path: Path) -> None:
+    """Two steps with the experts on two ranks, and two more on one: as four on one, clipping and optimizer included."""
+    import_engine("megatron.bridge.models.gpt_provider", "megatron.bridge.training.pretrain")
     torch.set_num_threads(1)
-    config = MODELS["qwen3 moe"]
-    save_random_model(config, tmp_path / "base")
+    base, whole, half = (tmp_path / name for name in ("base", "whole", "half"))
+    save_random_model(MODELS["qwen3 moe"], base)
 
-    def adapted(layout: str) -> Any:
-        bridge = AutoBridge.from_hf_pretrained(tmp_path / "base")
-        return LoRA(dim=4, share_experts=True, target_modules=["linear_fc1", "linear_fc2"])(_made(bridge, layout))
-
-    def saved() -> torch.Tensor:
-        from megatron.bridge.conversion import dist_checkpoint
-        from megatron.bridge.conversion.megatron_checkpoint import model_state, state_keys
-        from megatron.bridge.training.peft_section import trained_part
-
-        model = adapted("ep2")
-        _stir(model)
-        state = trained_part(model_state(model), model, state_keys(1))
-        dist_checkpoint.save(tmp_path / "checkpoint", 1, state)
-        return megatron_logits(model, batch(config)[0])
-
-    def loaded() -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    def on_one_rank() -> tuple[list[float], list[float], list[tuple[int, ...]]]:
         from megatron.core.dist_checkpointing.serialization import load_plain_tensors
 
         from megatron.bridge.conversion import dist_checkpoint
-        from megatron.bridge.conversion.megatron_checkpoint import model_state, state_keys
-        from megatron.bridge.training.peft_section import fill_trained_part, trained_part
 
-        model = adapted("single")
-        state = trained_part(model_state(model), model, state_keys(1))
-        held = load_plain_tensors(str(dist_checkpoint.resolve(tmp_path / "checkpoint")))
-        fill_trained_part(model, dist_checkpoint.load(tmp_path / "checkpoint", state), state_keys(1))
-        shapes = [tuple(each.shape) for name, each in sorted(held.items()) if ".adapters." in name]
-        return megatron_logits(model, batch(config)[0]), shapes
+        held = load_plain_tensors(str(dist_checkpoint.resolve(half)))
+        shapes = [
+            tuple(each.shape) for name, each in held.items() if ".adapters." in name and not name.startswith("opt")
+        ]
+        return _train(base, "single", 4, None, whole), _train(base, "single", 4, half, half), shapes
 
-    def apart() -> None:
-        with pytest.raises(BridgeError, match="set model.expert_tensor_parallel_size=2, or let each expert"):
-            adapted("tp2ep2etp1")
-
-    logits = run_ranks(2, saved, timeout=100)[0]
-    ((again, shapes),) = run_ranks(1, loaded, timeout=100)
-    torch.testing.assert_close(again, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
-    # 2 layers, A and B of both linear layers: the copy of one expert, not of four.
+    begun = run_ranks(2, _train, base, "ep2", 2, None, half, timeout=100)[0]
+    ((expected, ended, shapes),) = run_ranks(1, on_one_rank, timeout=100)
+    assert begun + ended == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] != expected[0]
+    # 2 layers, A and B of both linear layers, once instead of once for each of four experts.
     assert len(shapes) == 2 * 2 * 2
-    assert max(len(shape) for shape in shapes) == 2
-    run_ranks(2, apart, timeout=100)
+    assert sum(rows * columns for rows, columns in shapes) == 2 * 4 * ((32 + 48) + (24 + 32))
+
+
+def test_experts_that_share_must_be_divided_as_all_else_is(tmp_path: Path) -> None:
+    import_engine("megatron.bridge.models.gpt_provider", "megatron.bridge.peft.low_rank")
+    torch.set_num_threads(1)
+    save_random_model(MODELS["qwen3 moe"], tmp_path / "base")
+
+    def work() -> None:
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / "base")
+        method = LoRA(dim=4, share_experts=True, target_modules=["linear_fc1"])
+        with pytest.raises(BridgeError, match="set model.expert_tensor_parallel_size=2, or let each expert"):
+            method(_made(bridge, "tp2ep2etp1"))
+
+    run_ranks(2, work, timeout=100)
 
 
 def test_blocks_of_a_state_space_layer_are_refused_over_tensor_parallel_ranks(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ def unmerge_adapter(model: Any) -> None:
 
 def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """One adapter's parameters; layers have keys of their own, for some layers may have no adapter, or another rank."""
+    if adapter.borrows:
+        return {}
     division, shards = adapter.division, adapter.shards()
     offsets = tuple(offsets)
     experts = offsets[-1:] if division.expert else ()
@@ -194,7 +196,7 @@ def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) 
     for value in state.values():
         value.key = value.key.replace(f"{ADAPTERS}.", f"{ADAPTERS}.{layer}", 1)
         if shared:
-            # Written once, by whoever has the first expert, and read by all.
+            # Written by the rank that has the first expert, and read by all.
             value.replica_id = (experts[0][1], *value.replica_id[1:])
     return state
 

@@ -51,9 +51,11 @@ class Adapter(torch.nn.Module):
 
     Attributes:
         dropout: share of what `dropped_inputs` and `dropped_outputs` are given that they drop in training.
+        borrows: the parameters are those of another adapter.
     """
 
     dropout: float = 0.0
+    borrows: bool = False
 
     def __init__(self, place: Place, method: Any) -> None:
         super().__init__()
@@ -130,9 +132,10 @@ class Adapter(torch.nn.Module):
         with get_cuda_rng_tracker().fork():
             return torch.nn.functional.dropout(values, self.dropout)
 
-    def hold(self, other: "Adapter") -> None:
-        """Take the parameters of `other`, which is on the same layer of another expert."""
-        for name, parameter in list(other.named_parameters()):
+    def borrow(self, other: "Adapter") -> None:
+        """Take the parameters of `other`, which is on the same layer of another expert, and saves them."""
+        self.borrows = True
+        for name, parameter in other.named_parameters():
             self.register_parameter(name, parameter)
 
     def add(self, name: str, tensor: Tensor, layer: Any) -> None:

@@ -68,7 +68,9 @@ class LayerMethod(PEFT):
         adapter = self.adapter(module, place)
         if shared:
             refuse_apart(division, full)
-            adapter.hold(self._of_first_expert.setdefault(place.origin, adapter))
+            first = self._of_first_expert.setdefault(place.origin, adapter)
+            if first is not adapter:
+                adapter.borrow(first)
         return attach(module, self.adapter_name, adapter)
 
     def begins(self, chunk: "torch.nn.Module") -> None:
