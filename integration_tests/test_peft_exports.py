@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora shared by the experts": LoRA(dim=4, share_experts=True),
         "dora": DoRA(dim=4, target_modules=["linear_qkv", "linear_proj"]),
     },
-    "mamba2": {"lora": LoRA(dim=4, target_modules=["in_proj", "out_proj"])},
+    "mamba2": {"lora": LoRA(dim=4, target_modules=["in_proj"])},
 }
 LAYOUTS = {"llama": "tp2", "qwen3 moe": "ep2", "mamba2": "single"}
 
@@ -172,7 +172,7 @@ def test_experts_that_share_must_be_divided_as_all_else_is(tmp_path: Path) -> No
     run_ranks(2, work, timeout=100)
 
 
-def test_blocks_of_a_state_space_layer_are_refused_over_tensor_parallel_ranks(tmp_path: Path) -> None:
+def test_what_state_space_layers_cannot_have_is_refused(tmp_path: Path) -> None:
     import_engine("megatron.bridge.models.gpt_provider", "megatron.bridge.peft.low_rank")
     torch.set_num_threads(1)
     save_random_model(MAMBA, tmp_path / "base")
@@ -186,3 +186,11 @@ def test_blocks_of_a_state_space_layer_are_refused_over_tensor_parallel_ranks(tm
         return len(method.report.bindings)
 
     assert run_ranks(2, work, timeout=100) == [2, 2]
+
+    def exported() -> None:
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / "base")
+        model = LoRA(dim=4, target_modules=["out_proj"])(_made(bridge, "single"))
+        with pytest.raises(BridgeError, match="peft refuses LoRA on out_proj of state-space models"):
+            bridge.save_hf_adapter(model, tmp_path / "adapter")
+
+    run_ranks(1, exported, timeout=100)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Models of which peft refuses LoRA on these layers: transformers' kernels read their weights past any adapter.
+_STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_PAST_ADAPTERS = frozenset({"out_proj", "conv1d"})
 # What peft puts before the names of the model's own modules.
 _PREFIX = "base_model.model."
 
@@ -72,6 +75,7 @@ class AdapterExport:
     def __init__(self, bridge: "AutoBridge", model: Model, name: str | None, dtype: Any = None) -> None:
         chunks = as_chunks(model)
         self._peft = PeftNames(bridge.hf_config)
+        self._is_state_space = bridge.hf_config.model_type in _STATE_SPACE
         self.name = adapter_of(model, name)
         self._table = AdapterTable(chunks, bridge.weight_table(), self.name, self._peft, Layout.of(chunks))
         self._exporter = Exporter(
@@ -95,6 +99,12 @@ class AdapterExport:
             # peft wants each of them word by word among the targets.
             config["feedforward_modules"], _ = self._peft.shortened(inputs)
             modules = sorted({*modules, *config["feedforward_modules"]})
+        past = sorted(each for each in modules if each.rpartition(".")[2] in _PAST_ADAPTERS)
+        if past and self._is_state_space and config["peft_type"] == "LORA":
+            raise BridgeError(
+                f"peft refuses LoRA on {', '.join(past)} of state-space models, whose kernels read the weight past any "
+                "adapter; leave it out (exclude_modules), or export the merged model"
+            )
         if parameters and (config["peft_type"] != "LORA" or config["use_dora"]):
             raise BridgeError(
                 f"peft has plain LoRA alone for parameters that are no layers: {', '.join(parameters)}; leave them out"

@@ -317,7 +317,7 @@ def expect_same_file(case: AdapterCase, result: AdapterResult) -> None:
 
 
 def expect_that_peft_loads(case: AdapterCase, result: AdapterResult) -> None:
-    """Load what was written in peft, on a new model: the logits must be those of the adapter that it made, within 1e-6.
+    """Load what was written in peft, on a new model: the logits must be those of the adapter, within 1e-5.
 
     Raises:
         AdapterMismatch: they are not.
@@ -328,7 +328,7 @@ def expect_that_peft_loads(case: AdapterCase, result: AdapterResult) -> None:
     base: Any = random_model(case.config)
     loaded = peft.PeftModel.from_pretrained(base, str(result.saved))
     with torch.no_grad():
-        _expect_close(loaded(batch(case.config)[0]).logits, case.logits, 1e-6, f"{case.name}: what peft loads")
+        _expect_close(loaded(batch(case.config)[0]).logits, case.logits, 1e-5, f"{case.name}: what peft loads")
 
 
 def expect_merged(case: AdapterCase, result: AdapterResult, base: Path, folder: Path) -> None:
