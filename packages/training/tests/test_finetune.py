@@ -60,6 +60,27 @@ def command(folder: Path, name: str, *overrides: str, **changes: Any) -> finetun
     return finetune_command.FinetuneCommand(**(given | changes), overrides=quiet)
 
 
+def by_hand(folder: Path) -> Any:
+    """A run as a recipe describes it: a provider of its own, which knows nothing of the folder that it starts from."""
+    import dataclasses
+
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models import GPTModelProvider
+    from megatron.bridge.peft import CanonicalLoRA
+
+    cfg = finetune.finetune_config(
+        folder / "hf", [str(folder / "rows.jsonl")], dataset_format="prompt_completion", prompt_template="plain"
+    )
+    described = AutoBridge.from_hf_pretrained(folder / "hf").to_megatron_provider(load_weights=False)
+    fields = (field.name for field in dataclasses.fields(GPTModelProvider) if field.init)
+    cfg.model = GPTModelProvider(**{name: getattr(described, name) for name in fields})
+    cfg.model.seq_length = cfg.dataset.sequence_length = LENGTH
+    cfg.peft = CanonicalLoRA(dim=4, target_modules=["q_proj", "up_proj"])
+    cfg.train.train_iters, cfg.train.global_batch_size, cfg.logger.progress = 2, 4, False
+    cfg.checkpoint.pretrained_checkpoint = str(folder / "other")
+    return cfg
+
+
 def metrics(root: Path, name: str) -> dict[int, float]:
     lines = map(json.loads, (root / "metrics.jsonl").read_text().splitlines())
     return {line["iteration"]: line[name] for line in lines if name in line}
@@ -74,6 +95,7 @@ def work_alone(folder: Path) -> dict[str, Any]:
     # An adapter, on the weights of a folder that the model was not made from.
     start = ("peft=lora", "peft.lora_rank=4", f"checkpoint.pretrained_checkpoint={folder / 'other'}")
     command(folder, "adapter", *start, export_adapter=str(folder / "for peft"))()
+    finetune.finetune(by_hand(folder), callbacks=[hf_export.ExportHF(folder / "by hand", adapter=True)])
     # Stopped after 6 of 18 steps, and gone on with.
     for until in (6, 18):
         short = (f"train.train_iters={until}", "scheduler.lr_decay_iters=18")
@@ -138,6 +160,13 @@ def test_the_best_adapter_is_read_back_and_given_to_peft(runs: dict[str, Any], f
     loss = loss_in_transformers(folder / "hf", folder / "valid.jsonl", network)
     assert loss == pytest.approx(record["loss"], abs=1e-5)
     assert record["loss"] < 0.9 * loss_in_transformers(folder / "hf", folder / "valid.jsonl", network.unload())
+
+
+def test_a_provider_by_hand_learns_its_hugging_face_names_from_what_it_starts_from(
+    runs: dict[str, Any], folder: Path
+) -> None:
+    told = json.loads((folder / "by hand/adapter_config.json").read_text())
+    assert (told["target_modules"], told["base_model_name_or_path"]) == (["q_proj", "up_proj"], str(folder / "other"))
 
 
 def test_only_the_best_is_kept_beside_the_last(runs: dict[str, Any], folder: Path) -> None:

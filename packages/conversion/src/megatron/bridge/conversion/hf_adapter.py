@@ -245,8 +245,9 @@ def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *
     layout = Layout.of(chunks)
 
     def read() -> Any:
+        method = HF_ADAPTERS[folder.config["peft_type"]]
         tensors.update(folder.tensors)
-        return HF_ADAPTERS[folder.config["peft_type"]](folder.config, tensors, name)
+        return method(folder.config, tensors, name)
 
     method = on_every_rank(read, what)
     for chunk in chunks:

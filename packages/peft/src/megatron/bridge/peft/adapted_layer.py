@@ -197,7 +197,7 @@ def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) 
         value.key = value.key.replace(f"{ADAPTERS}.", f"{ADAPTERS}.{layer}", 1)
         if shared:
             # Written by the rank that has the first expert, and read by all.
-            value.replica_id = (experts[0][1], *value.replica_id[1:])
+            value.replica_id = (offsets[-1][1], *value.replica_id[1:])
     return state
 
 
