@@ -91,7 +91,7 @@ def _others(run: "RunState", result: "StepResult", reporter: Reporter) -> dict[s
     found = performance(run, result.sequences)
     for line in found.stragglers:
         reporter.message(line)
-    return auxiliary_losses(run, run.num_microbatches(result.sequences)) | found.metrics
+    return auxiliary_losses(run, run.num_microbatches(result.sequences)) | run.tally.means() | found.metrics
 
 
 def _due(interval: int | None, iteration: int) -> bool:
