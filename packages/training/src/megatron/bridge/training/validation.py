@@ -151,6 +151,21 @@ def _lengths(cfg: "ConfigContainer") -> Iterator[str]:
         yield "train.skip_train=True leaves the evaluation, and train.eval_interval is not set: there is nothing to do"
 
 
+def parallel_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
+    """What is wrong with how model and batch are divided over ranks; only sizes of `model` and `train` are asked."""
+    yield from _layout_problems(cfg, world_size)
+    yield from _model_parts(cfg.model)
+
+
+def _model_parts(model: Any) -> Iterator[str]:
+    yield from _sequence_parts(model)
+    if getattr(model, "num_moe_experts", None) and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        yield (
+            f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size="
+            f"{model.tensor_model_parallel_size} trains with model.sequence_parallel=true only; set it"
+        )
+
+
 def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
     model, train = cfg.model, cfg.train
     replica = model_parallel_size(model)
@@ -200,14 +215,8 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
         model.transformer_config()
     except BridgeError as error:
         yield f"model: {error}"
-    tensor = model.tensor_model_parallel_size
-    yield from _sequence_parts(model)
+    yield from _model_parts(model)
     yield from _recompute(model)
-    if getattr(model, "num_moe_experts", None) and tensor > 1 and not model.sequence_parallel:
-        yield (
-            f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size={tensor} trains with "
-            "model.sequence_parallel=true only; set it"
-        )
     dtype = _dtype_name(model)
     for flag, name in _LOW_PRECISION.items():
         if (dtype == name) != bool(getattr(model, flag)):
