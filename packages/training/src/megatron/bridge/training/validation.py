@@ -13,12 +13,14 @@ from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.batch_sizes import ramp_problem
 from megatron.bridge.training.comm_overlap import apply_overlap, engine_problems, overlap_problems
+from megatron.bridge.training.forward_steps import forward_step_problems
 from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path
 from megatron.bridge.training.peft_section import peft_problems
 from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
+from megatron.bridge.training.same_model import other_model_problems
 from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
 
@@ -215,8 +217,6 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"model: {error}"
     yield from _model_parts(model)
     yield from _recompute(model)
-    if getattr(model, "multi_latent_attention", False):
-        yield "model.multi_latent_attention=True is not supported by this training loop yet; leave it unset"
     dtype = _dtype_name(model)
     for flag, name in _LOW_PRECISION.items():
         if (dtype == name) != bool(getattr(model, flag)):
@@ -371,7 +371,7 @@ def _packing(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     checkpoint = cfg.checkpoint
-    for name in ("save_interval", "async_save", "most_recent_k"):
+    for name in ("save_interval", "async_save", "most_recent_k", "save_hf"):
         if getattr(checkpoint, name) and checkpoint.save is None:
             yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
@@ -384,9 +384,12 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         start = None if resumed is None else newest_whole(resumed)
     except BridgeError as error:
         yield f"checkpoint.load: {error}"
+    if start is not None:
+        yield from other_model_problems("checkpoint.load", start.folder, cfg)
     try:
-        if pretrained is not None and not is_hf_folder(pretrained):
-            resolve(pretrained)
+        if pretrained is not None:
+            weights = Path(pretrained) if is_hf_folder(pretrained) else resolve(pretrained)
+            yield from other_model_problems("checkpoint.pretrained_checkpoint", weights, cfg)
     except BridgeError as error:
         yield f"checkpoint.pretrained_checkpoint: {error}"
     if checkpoint.save is not None:
@@ -395,8 +398,7 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
             yield f"checkpoint.save={checkpoint.save!r}: {refused}; save into another folder"
         else:
             yield from _save_folder(Path(checkpoint.save), start)
-    if checkpoint.hf_save_path is not None:
-        yield from _hf_folder(cfg, Path(checkpoint.hf_save_path))
+    yield from _hf_side(cfg)
 
 
 def _profiling(cfg: "ConfigContainer") -> Iterator[str]:
@@ -447,12 +449,17 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 
 
-def _hf_folder(cfg: "ConfigContainer", folder: Path) -> Iterator[str]:
-    if not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
-        yield (
-            "checkpoint.hf_save_path is set, and nothing tells which Hugging Face model this is; make the provider "
-            "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
-        )
+def _hf_side(cfg: "ConfigContainer") -> Iterator[str]:
+    for name in ("hf_save_path", "save_hf"):
+        asked = getattr(cfg.checkpoint, name)
+        if asked and not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
+            yield (
+                f"checkpoint.{name} is set, and nothing tells which Hugging Face model this is; make the provider "
+                "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
+            )
+    if cfg.checkpoint.hf_save_path is None:
+        return
+    folder = Path(cfg.checkpoint.hf_save_path)
     refused = "it is there already" if os.path.lexists(folder) else _refused_folder(folder)
     if refused:
         yield f"checkpoint.hf_save_path={str(folder)!r}: {refused}; write into another folder"
@@ -514,6 +521,7 @@ _CHECKS = (
     overlap_problems,
     _secrets,
     peft_problems,
+    forward_step_problems,
 )
 # What can be proven only where the run's files, or the machine that it runs on, are.
 _CHECKS_BY_SIGHT = {
