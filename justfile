@@ -33,3 +33,7 @@ zoo *args:
 # Train at every layout beside one rank, and one rank beside plain torch (docs/parity.md): all models, or those named.
 parity *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m parity {{args}}
+
+# Write the recipes' entry points and layouts, try a tiny variant of each, and record it (docs/recipe-book.md).
+recipes *args:
+    PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m recipe_book {{args}}

@@ -100,7 +100,8 @@ def work_alone(folder: Path) -> dict[str, Any]:
     for until in (6, 18):
         short = (f"train.train_iters={until}", "scheduler.lr_decay_iters=18")
         command(folder, "halves", *short, resume=until > 6)()
-    return {"planned": command(folder, "planned").configured().train}
+    sampled = command(folder, "planned", "train.train_samples=30")
+    return {"planned": command(folder, "planned").configured().train, "sampled": sampled.configured().train}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,8 @@ def loss_in_transformers(model: str | Path, rows: Path, network: Any = None) -> 
 def test_how_long_to_train_follows_from_the_data(runs: dict[str, Any]) -> None:
     planned = runs["planned"]
     assert (planned.train_iters, planned.eval_interval, planned.eval_iters) == (18, 1, 1)
+    sampled = runs["sampled"]
+    assert (sampled.train_iters, sampled.train_samples, sampled.total_iters, sampled.eval_interval) == (None, 30, 7, 1)
 
 
 def test_losses_are_those_of_transformers(runs: dict[str, Any], folder: Path) -> None:

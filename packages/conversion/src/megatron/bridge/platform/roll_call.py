@@ -15,6 +15,7 @@ from typing import Any
 from megatron.bridge.errors import BridgeError
 
 _PREFIX = "megatron-bridge/roll-call"
+_GROUPS = f"{_PREFIX}/groups"
 _PRESENT = "present"
 _GIVEN_UP = 1 << 40  # more than there are ranks
 # How often this process was called, by those who are called with it: the same number on each of them.
@@ -37,8 +38,8 @@ class RollCall:
         import torch.distributed as dist
 
         self._timeout = timeout_seconds
-        present = [group for group in groups if group is not None]
-        self._peers = sorted({rank for group in present for rank in dist.get_process_group_ranks(group)})
+        present = {tuple(sorted(dist.get_process_group_ranks(group))) for group in groups if group is not None}
+        self._groups = [list(ranks) for ranks in sorted(present) if len(ranks) > 1]
         self._ranks: list[int] | None = None
 
     def __call__(self, doing: str, failure: str | None = None) -> None:
@@ -51,7 +52,7 @@ class RollCall:
         Raises:
             RankAbsent: (on every rank that came) names the ranks that did not, or the one that failed and its reason.
         """
-        if len(self._peers) <= 1:
+        if not self._groups:
             if failure is not None:
                 raise RankAbsent(f"{doing}: {failure}")
             return
@@ -87,30 +88,41 @@ class RollCall:
             store.set(f"{key}/outcome", self._absence([rank for rank in ranks if not store.check([f"{key}/{rank}"])]))
 
     def _all_ranks(self, doing: str) -> list[int]:
-        """Every rank that is joined to this one: each tells its peers, and theirs are asked in turn."""
+        """Every rank that is joined to this one: each tells its groups to their members, who ask theirs in turn."""
         store, here = _store_and_rank()
-        own = f"peers-of-{_digest(self._peers)}"
-        _calls[own] += 1
-        key = f"{_PREFIX}/peers/{_calls[own]}"
-        store.set(f"{key}/{here}", json.dumps(self._peers))
+        mine = self._numbered_groups()
+        for label, _ in mine:
+            store.set(f"{_GROUPS}/{label}/{here}", json.dumps(mine))
         deadline = time.monotonic() + self._timeout
-        found, waiting, absent = {here}, list(self._peers), []
+        found, waiting, absent = {here: mine[0][0]}, list(mine), []
         while waiting:
-            rank = waiting.pop()
-            if rank in found:
-                continue
-            found.add(rank)
-            if self._came(store, f"{key}/{rank}", deadline - time.monotonic()):
-                waiting += json.loads(store.get(f"{key}/{rank}"))
-            else:
-                absent.append(rank)
+            label, ranks = waiting.pop()
+            for rank in set(ranks) - found.keys():
+                found[rank] = label
+                if self._came(store, f"{_GROUPS}/{label}/{rank}", deadline - time.monotonic()):
+                    waiting += json.loads(store.get(f"{_GROUPS}/{label}/{rank}"))
+                else:
+                    absent.append(rank)
         if absent:
-            store.set(f"{key}/{here}/given-up", self._absence(absent))
+            for label, _ in mine:
+                store.set(f"{_GROUPS}/{label}/{here}/given-up", self._absence(absent))
         # Who comes late must not go on where the others have given up.
-        for rank in sorted(found):
-            if store.check([given_up := f"{key}/{rank}/given-up"]):
+        for rank, label in sorted(found.items()):
+            if store.check([given_up := f"{_GROUPS}/{label}/{rank}/given-up"]):
                 raise RankAbsent(f"{doing}: {store.get(given_up).decode()}")
         return sorted(found)
+
+    def _numbered_groups(self) -> list[tuple[str, list[int]]]:
+        """This rank's groups, each with how often its members were called together: all of them have counted alike.
+
+        Without the number a rank might read what another told in an earlier call, when it was in other groups.
+        """
+        numbered = []
+        for ranks in self._groups:
+            digest = f"group-{_digest(ranks)}"
+            _calls[digest] += 1
+            numbered.append((f"{digest}/{_calls[digest]}", ranks))
+        return numbered
 
     @staticmethod
     def _came(store: Any, key: str, seconds: float) -> bool:

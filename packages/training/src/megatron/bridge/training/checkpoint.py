@@ -17,7 +17,7 @@ from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.data import stream_states as states_of_streams
-from megatron.bridge.training.hf_side import is_hf_folder
+from megatron.bridge.training.hf_side import is_hf_folder, write_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
@@ -119,9 +119,9 @@ def _start_save(
             "checkpoint_version": 3.0,
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
-            "parallel_layout": _layout(),
+            "parallel_layout": _layout(cfg),
             "distributed_optimizer": cfg.ddp.use_distributed_optimizer,
-            "rng_state": random_state(),
+            "rng_state": random_state(by_replica=cfg.rng.data_parallel_random_init),
             **held,
         }
         if optimizer is not None:
@@ -129,6 +129,9 @@ def _start_save(
             state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
         if scheduler is not None:
             state["opt_param_scheduler"] = scheduler.state_dict()
+        prepared = None
+        if cfg.checkpoint.save_hf:
+            prepared = write_hf_folder(cfg, model, progress.iteration)
         beside = on_every_rank(
             lambda: side_files(cfg, scratch) if platform.is_rank_zero() else {}, "cannot describe the run"
         )
@@ -139,6 +142,7 @@ def _start_save(
             side_files=beside,
             content_metadata=dict(_SHARDING),
             background=background,
+            prepared=prepared,
         )
 
 
@@ -180,9 +184,9 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         )
     state = _trained_state(model, cfg)
     ignore: tuple[str, ...] = ()
-    same_layout = common.get("parallel_layout") == _layout()
+    same_layout = common.get("parallel_layout") == _layout(cfg)
     if cfg.checkpoint.load_rng and same_layout:
-        state["rng_state"] = random_state()
+        state["rng_state"] = random_state(by_replica=cfg.rng.data_parallel_random_init)
     else:
         ignore += ("rng_state",)
     if optimizer is not None and cfg.checkpoint.load_optim:
@@ -275,10 +279,14 @@ def _fill_trained(model: list[Any], loaded: Mapping[str, Any], cfg: "ConfigConta
         fill_trained_part(chunks, loaded, state_keys(len(chunks)))
 
 
-def _layout() -> dict[str, int]:
+def _layout(cfg: "ConfigContainer") -> dict[str, int]:
+    """By what the random states are divided."""
     from megatron.core import parallel_state
 
-    return {
+    layout = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
+    if cfg.rng.data_parallel_random_init:
+        layout["data"] = parallel_state.get_data_parallel_world_size()
+    return layout

@@ -49,8 +49,8 @@ def batches_per_chunk(
     from megatron.core import parallel_state
 
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    # Attention on every stage asks where the documents of a packed sample begin.
-    ends = ends or getattr(cfg.dataset, "packing", False)
+    # Attention on every stage asks where the documents of a packed sample begin, or where images stand among tokens.
+    ends = ends or getattr(cfg.dataset, "packing", False) or getattr(cfg.model, "vision", None) is not None
     if isinstance(dataset, StreamedDataset):
         place = LoaderPlace(
             micro_batch_size=cfg.train.micro_batch_size,

@@ -23,18 +23,17 @@ def finetune(cfg: "ConfigContainer", forward_step: Any = None, callbacks: "Seque
     Args:
         cfg: the run. Its weights come from `checkpoint.pretrained_checkpoint`, from `checkpoint.load`, or from the
             Hugging Face folder that the provider was made from.
-        forward_step: None takes `gpt_step.forward_step`.
+        forward_step: as for `pretrain`.
         callbacks: e.g. `KeepBest`, `GenerationSamples`, `ExportHF`.
 
     Raises:
         BridgeError: there are no weights to start from, or what `pretrain` refuses.
     """
-    from megatron.bridge.training import gpt_step
     from megatron.bridge.training.pretrain import pretrain
 
     check_start(cfg)
     cfg.model.calculate_per_token_loss = True
-    return pretrain(cfg, forward_step or gpt_step.forward_step, callbacks)
+    return pretrain(cfg, forward_step, callbacks)
 
 
 def check_start(cfg: "ConfigContainer") -> None:

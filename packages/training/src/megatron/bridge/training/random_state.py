@@ -1,14 +1,18 @@
 """The random state of a rank, as one sharded object of a checkpoint.
 
-Data-parallel replicas share their state; each (pipeline, tensor) position has its own.
+Each (pipeline, tensor) position has its own; data-parallel replicas share it, or have their own, too.
 """
 
 import random
 from typing import Any
 
 
-def random_state() -> Any:
-    """`state_of_this_rank`, to be saved or to be loaded into."""
+def random_state(*, by_replica: bool) -> Any:
+    """`state_of_this_rank`, to be saved or to be loaded into.
+
+    Args:
+        by_replica: data-parallel replicas have states of their own (`rng.data_parallel_random_init`).
+    """
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -17,13 +21,13 @@ def random_state() -> Any:
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
     tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    return ShardedObject(
-        "rng_state",
-        state_of_this_rank(),
-        (pipeline[1], tensor[1]),
-        (pipeline[0], tensor[0]),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
+    replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    ranks, sizes = zip(pipeline, tensor, *([replica] if by_replica else []), strict=True)
+    if by_replica:
+        place = parallel_state.get_context_parallel_rank()
+    else:
+        place = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", state_of_this_rank(), sizes, ranks, replica_id=place)
 
 
 def state_of_this_rank() -> dict[str, Any]:
