@@ -33,3 +33,7 @@ zoo *args:
 # Train at every layout beside one rank, and one rank beside plain torch (docs/parity.md): all models, or those named.
 parity *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m parity {{args}}
+
+# Train a vision-language model at every MIMO placement beside transformers (docs/mimo-parity.md).
+mimo-parity:
+    PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m mimo_parity

@@ -19,6 +19,8 @@ _PRESENT = "present"
 _GIVEN_UP = 1 << 40  # more than there are ranks
 # How often this process was called, by those who are called with it: the same number on each of them.
 _calls: Counter[str] = Counter()
+# The peers that this process was called with, call by call, and the store in which it told them.
+_told: list[tuple[Any, list[list[int]]]] = []
 
 
 class RankAbsent(BridgeError):
@@ -87,30 +89,46 @@ class RollCall:
             store.set(f"{key}/outcome", self._absence([rank for rank in ranks if not store.check([f"{key}/{rank}"])]))
 
     def _all_ranks(self, doing: str) -> list[int]:
-        """Every rank that is joined to this one: each tells its peers, and theirs are asked in turn."""
+        """Every rank that is joined to this one: each tells its peers, and theirs are asked in turn.
+
+        A rank may have been called before, with other peers. Of two peers each was called as often with the other, so
+        that tells which of its calls is this one.
+        """
         store, here = _store_and_rank()
-        own = f"peers-of-{_digest(self._peers)}"
-        _calls[own] += 1
-        key = f"{_PREFIX}/peers/{_calls[own]}"
-        store.set(f"{key}/{here}", json.dumps(self._peers))
+        told = _told_so_far(store)
+        told.append(self._peers)
+        store.set(f"{_PREFIX}/peers/{here}/{len(told) - 1}", json.dumps(self._peers))
         deadline = time.monotonic() + self._timeout
-        found, waiting, absent = {here}, list(self._peers), []
+        calls = {here: list(told)}  # of every rank, up to this one
+        waiting, absent = [(here, rank) for rank in self._peers], []
         while waiting:
-            rank = waiting.pop()
-            if rank in found:
+            peer, rank = waiting.pop()
+            if rank in calls or rank in absent:
                 continue
-            found.add(rank)
-            if self._came(store, f"{key}/{rank}", deadline - time.monotonic()):
-                waiting += json.loads(store.get(f"{key}/{rank}"))
-            else:
+            together = sum(rank in peers for peers in calls[peer])
+            found = self._told_by(store, rank, peer, together, deadline)
+            if found is None:
                 absent.append(rank)
+            else:
+                calls[rank] = found
+                waiting += [(rank, other) for other in found[-1]]
         if absent:
-            store.set(f"{key}/{here}/given-up", self._absence(absent))
+            store.set(f"{_PREFIX}/peers/{here}/{len(told) - 1}/given-up", self._absence(absent))
         # Who comes late must not go on where the others have given up.
-        for rank in sorted(found):
-            if store.check([given_up := f"{key}/{rank}/given-up"]):
+        for rank, found in sorted(calls.items()):
+            if store.check([given_up := f"{_PREFIX}/peers/{rank}/{len(found) - 1}/given-up"]):
                 raise RankAbsent(f"{doing}: {store.get(given_up).decode()}")
-        return sorted(found)
+        return sorted(calls)
+
+    def _told_by(self, store: Any, rank: int, peer: int, together: int, deadline: float) -> "list[list[int]] | None":
+        """What `rank` has told up to its call number `together` with `peer`; None when that does not come in time."""
+        found: list[list[int]] = []
+        while sum(peer in peers for peers in found) < together:
+            key = f"{_PREFIX}/peers/{rank}/{len(found)}"
+            if not self._came(store, key, deadline - time.monotonic()):
+                return None
+            found.append(json.loads(store.get(key)))
+        return found
 
     @staticmethod
     def _came(store: Any, key: str, seconds: float) -> bool:
@@ -129,6 +147,12 @@ class RollCall:
             f"{'rank' if len(absent) == 1 else 'ranks'} {named} did not come within {self._timeout:.0f} s; every rank "
             "of the model must take part. See what those ranks do instead, or allow more time (rank_timeout)"
         )
+
+
+def _told_so_far(store: Any) -> list[list[int]]:
+    if not _told or _told[0][0] is not store:  # another world is another beginning
+        _told[:] = [(store, [])]
+    return _told[0][1]
 
 
 def _digest(ranks: list[int]) -> str:

@@ -41,7 +41,7 @@ class ExportHF(Callback):
         if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
             best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
             load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
-        _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
+        run.engine.save_hf(_bridge(run.cfg), run.model, self.folder)
 
 
 def _bridge(cfg: "ConfigContainer") -> Any:

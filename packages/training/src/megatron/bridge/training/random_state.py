@@ -1,29 +1,21 @@
 """The random state of a rank, as one sharded object of a checkpoint.
 
-Data-parallel replicas share their state; each (pipeline, tensor) position has its own.
+Which ranks share a state is the engine's business: data-parallel replicas do.
 """
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.engine import Engine
 
 
-def random_state() -> Any:
+def random_state(engine: "Engine") -> Any:
     """`state_of_this_rank`, to be saved or to be loaded into."""
-    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    pipeline = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    return ShardedObject(
-        "rng_state",
-        state_of_this_rank(),
-        (pipeline[1], tensor[1]),
-        (pipeline[0], tensor[0]),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
+    sizes, place, copy = engine.random_place()
+    return ShardedObject("rng_state", state_of_this_rank(), sizes, place, replica_id=copy)
 
 
 def state_of_this_rank() -> dict[str, Any]:
