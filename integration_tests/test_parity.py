@@ -1,9 +1,13 @@
-"""Every claimed layout trains as one rank does, and one rank trains as a plain torch loop over transformers does."""
+"""Parallel layouts train as one rank does, and one rank trains as a plain torch loop over transformers does.
+
+All layouts are trained by `just parity`, which takes longer than a run of the tests should.
+"""
 
 from pathlib import Path
 
 import pytest
 from parity.curves import Difference
+from parity.layouts import ONE
 from parity.measured import measured
 from parity.models import MODELS
 from parity.page import PLAIN
@@ -12,11 +16,12 @@ PAGE = Path(__file__).parents[1] / "docs/parity.md"
 TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "weight": 1e-5}
 
 
-@pytest.mark.timeout(1200)  # twenty layouts of up to four ranks, on a machine that may be busy
+@pytest.mark.timeout(900)  # several layouts of up to four ranks, on a machine that may be busy
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_as_on_one_rank_at_every_layout(name: str, tmp_path: Path) -> None:
-    found = measured(MODELS[name], tmp_path / "hf")
-    assert found.keys() >= MODELS[name].layouts.keys() - {"single"}
+def test_a_model_trains_as_on_one_rank(name: str, tmp_path: Path) -> None:
+    layouts = {layout: MODELS[name].layouts[layout] for layout in MODELS[name].often}
+    found = measured(MODELS[name], tmp_path / "hf", layouts)
+    assert found.keys() >= layouts.keys() - {ONE}
     refused = {layout: why for layout, why in found.items() if isinstance(why, str)}
     assert not refused
     for layout, each in found.items():
@@ -29,4 +34,4 @@ def test_the_page_has_every_model_and_layout() -> None:
     text = PAGE.read_text("utf-8")
     assert "`just parity`" in text
     assert all(name in text for name in MODELS)
-    assert all(f"| {layout} |" in text for model in MODELS.values() for layout in {*model.layouts, PLAIN} - {"single"})
+    assert all(f"| {layout} |" in text for model in MODELS.values() for layout in {*model.layouts, PLAIN} - {ONE})

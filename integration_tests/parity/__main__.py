@@ -23,7 +23,7 @@ def main(names: list[str]) -> int:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names or MODELS:
-            results[name] = measured(MODELS[name], Path(folder) / name)
+            results[name] = measured(MODELS[name], Path(folder) / name, MODELS[name].layouts)
             for layout, found in results[name].items():
                 print(f"{name:28}{layout:42}{found}", flush=True)
     if not names:

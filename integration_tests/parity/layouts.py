@@ -57,3 +57,17 @@ EXPERTS: dict[str, Layout] = {
 # The balance between experts is a micro-batch's, so another micro-batch is another loss.
 BALANCED = {name: each for name, each in EXPERTS.items() if "micro_batch_size" not in each.settings}
 FEW = {name: EXPERTS[name] for name in (ONE, "ep2", "tp2ep2sp")}
+# What every run of the tests trains; `just parity` trains all.
+DENSE_OFTEN = (
+    ONE,
+    "tp2",
+    "pp2",
+    "vpp2",
+    "tp2pp2",
+    "tp2cp2sp",
+    "cp2, distributed optimizer",
+    "dp2, per-token loss",
+    "dp2, distributed optimizer, overlapped",
+)
+EXPERTS_OFTEN = (ONE, "pp2ep2", "tp2ep2sp", "ep2, distributed optimizer")
+FEW_OFTEN = (ONE, "ep2")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.bridge.testing import save_random_model
-from parity.layouts import BALANCED, DENSE, FEW, Layout
+from parity.layouts import BALANCED, DENSE, DENSE_OFTEN, EXPERTS_OFTEN, FEW, FEW_OFTEN, Layout
 
 SEQUENCE = 16
 _SIZES: dict[str, Any] = {
@@ -36,6 +36,7 @@ class Model:
 
     Attributes:
         layouts: at which it trains.
+        often: the names of those that every run of the tests trains.
         config: transformers' class of the configuration, by name.
         values: of the configuration, besides the sizes that all have.
         fields: of the provider.
@@ -43,6 +44,7 @@ class Model:
     """
 
     layouts: Mapping[str, Layout]
+    often: tuple[str, ...]
     config: str
     values: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ _NO_BALANCE = {"moe_router_load_balancing_type": "none"}
 # The term is a micro-batch's here, and a whole batch's in transformers.
 _BALANCE = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
 MODELS: dict[str, Model] = {
-    "Llama": Model(DENSE, "LlamaConfig", {"tie_word_embeddings": True}),
-    "Qwen3-MoE": Model(FEW, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
-    "Qwen3-MoE-balanced": Model(BALANCED, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
+    "Llama": Model(DENSE, DENSE_OFTEN, "LlamaConfig", {"tie_word_embeddings": True}),
+    "Qwen3-MoE": Model(FEW, FEW_OFTEN, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
+    "Qwen3-MoE-balanced": Model(BALANCED, EXPERTS_OFTEN, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
 }

@@ -15,7 +15,7 @@ _HEAD = f"""\
 Made by `just parity`, which trains tiny random models for {STEPS} steps in float32; not written by hand. Each figure is
 the largest difference from one rank with the same weights and samples: of the losses / of the gradient norms (both
 relative) / of any weight after the last step. In the first line one rank is compared with transformers' model in a
-plain loop with `torch.optim.AdamW`. Every run of the tests measures the same and allows 1e-5.
+plain loop with `torch.optim.AdamW`. Every run of the tests measures those marked * again and allows 1e-5.
 
 `sp2` is TP2 with sequence parallelism; the other names are those of [the record](capabilities.md), `cp2` is
 `context_parallel_size=2`, `dp2` two replicas. Mixtures of experts train under tensor parallelism with sequence
@@ -34,13 +34,19 @@ def _lines(results: Results, versions: str) -> Iterator[str]:
     yield f"| layout | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for layout in (PLAIN, *[name for name in {**DENSE, **EXPERTS} if name != ONE]):
-        cells = (_cell(results[name].get(layout)) for name in names)
+        cells = (_cell(results[name].get(layout)) + _mark(name, layout) for name in names)
         yield f"| {layout} | {' | '.join(cells)} |"
     refused = {(n, layout): why for n in names for layout, why in results[n].items() if isinstance(why, str)}
     if refused:
         yield "\nRefused:\n"
         yield from (f"- {name}, {layout}: {' '.join(why.split())}" for (name, layout), why in refused.items())
     yield f"\nMeasured with {versions}."
+
+
+def _mark(name: str, layout: str) -> str:
+    model = MODELS[name]
+    often = model.plain if layout == PLAIN else layout in model.often
+    return " *" if often else ""
 
 
 def _cell(found: Difference | str | None) -> str:

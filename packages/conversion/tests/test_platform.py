@@ -224,8 +224,12 @@ def test_a_rank_does_not_fork_ranks():
 
 
 def test_an_interrupted_rank_interrupts_the_run():
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)  # another of the process's threads may have taken the signal, and the main one hears of it late
+
     with pytest.raises(KeyboardInterrupt):
-        run_ranks(2, fail_on, 1, lambda: os.kill(os.getpid(), signal.SIGINT), timeout=60, grace=2)
+        run_ranks(2, fail_on, 1, interrupted, timeout=60, grace=2)
 
 
 def test_every_rank_gets_its_share_of_the_cores_unless_openmp_was_told(monkeypatch):

@@ -228,6 +228,10 @@ def with_policies(case):
     )
     with pytest.raises(BridgeError, match=r"no weight is named like 'model\.layer\.\*'"):
         bridge.get_conversion_tasks(model, dtype={"model.layer.*": torch.bfloat16})
+    same = dict(bridge.export_hf_weights(model, weight_dtype=torch.bfloat16))
+    assert (same[bias].dtype, same[gate].dtype) == (torch.float32, torch.bfloat16)
+    with pytest.raises(BridgeError, match="two names of one setting"):
+        bridge.export_hf_weights(model, dtype=torch.float32, weight_dtype=torch.bfloat16)
     tasks = bridge.get_conversion_tasks(model)
     with pytest.raises(BridgeError, match="belong to conversion_tasks"):
         bridge.export_hf_weights(model, dtype=torch.bfloat16, conversion_tasks=tasks)

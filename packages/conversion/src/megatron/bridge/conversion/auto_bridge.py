@@ -315,6 +315,7 @@ class AutoBridge:
         process_groups: Any = ...,
         rank_timeout: float = ...,
         merge_adapter_weights: bool = ...,
+        weight_dtype: "DtypePolicy" = ...,
     ) -> "Iterator[tuple[str, torch.Tensor]]": ...
 
     @overload
@@ -331,6 +332,7 @@ class AutoBridge:
         process_groups: Any = ...,
         rank_timeout: float = ...,
         merge_adapter_weights: bool = ...,
+        weight_dtype: "DtypePolicy" = ...,
     ) -> "Iterator[Bucket]": ...
 
     def export_hf_weights(
@@ -346,6 +348,7 @@ class AutoBridge:
         process_groups: Any = None,
         rank_timeout: float = RANK_TIMEOUT,
         merge_adapter_weights: bool = True,
+        weight_dtype: "DtypePolicy" = None,
     ) -> "Iterator[tuple[str, torch.Tensor]] | Iterator[Bucket]":
         """Yield every Hugging Face weight, whole, in the same order on every rank. Collective.
 
@@ -362,12 +365,16 @@ class AutoBridge:
                 time-out already.
             stacked: join the experts of a stacked weight; otherwise yield each as `NAME[e]`.
             process_groups, rank_timeout, merge_adapter_weights: as in `get_conversion_tasks`.
+            weight_dtype: another name of `dtype`, which RL frameworks use.
 
         Raises:
             BridgeError: the model does not match the table, or a rank stayed away (named, on every rank that came).
         """
         from megatron.bridge.conversion.progress import tracked
 
+        if dtype is not None and weight_dtype is not None:
+            raise BridgeError("dtype and weight_dtype are two names of one setting; give one of them")
+        dtype = weight_dtype if dtype is None else dtype
         tasks = conversion_tasks
         if tasks is None:
             tasks = self.get_conversion_tasks(
