@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
-from mimo_parity.cases import QUICK, WIDE
+from mimo_parity.cases import QUICK, WIDE, Case
 from mimo_parity.measured import measured
+from mimo_parity.reference import llava_config
+from mimo_parity.run import Trained, train_case
+
+from megatron.bridge.testing import run_ranks, save_random_model
 
 PAGE = Path(__file__).parents[1] / "docs/mimo-parity.md"
 TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-4, "weight": 1e-4}
@@ -22,3 +26,34 @@ def test_every_mode_trains_as_transformers_does(tmp_path: Path) -> None:
 def test_the_page_has_every_placement() -> None:
     text = PAGE.read_text("utf-8")
     assert all(f"| {case.mode} | {case.name} |" in text for case in (*QUICK, *WIDE))
+
+
+SHARED = ("distributed", "overlap")
+COLOCATED = Case("colocated", "colocated", (1, 1, 2), (2, 1, 1), True, SHARED)
+ELSEWHERE = (
+    Case("apart", "heterogeneous", (1, 1, 1), (1, 2, 1), True, SHARED),
+    Case("one rank", "homogeneous", (1, 1, 1), (1, 1, 1), True, SHARED),
+)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_bitwise_and_at_any_other_placement(tmp_path: Path) -> None:
+    save_random_model(llava_config(), tmp_path / "hf")
+    saved = str(tmp_path / "saved")
+
+    def first() -> tuple[Trained, Trained]:
+        whole = train_case(COLOCATED, tmp_path / "hf")
+        train_case(COLOCATED, tmp_path / "hf", stop=2, save=saved)
+        return whole, train_case(COLOCATED, tmp_path / "hf", load=saved)
+
+    whole, resumed = run_ranks(2, first, timeout=300)[0]
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 2}
+    assert resumed.valid_loss == whole.valid_loss
+    assert all(resumed.weights[name].equal(each) for name, each in whole.weights.items())
+    for case in ELSEWHERE:
+        there = run_ranks(case.ranks, lambda case=case: train_case(case, tmp_path / "hf", load=saved), timeout=300)[0]
+        assert there.losses.keys() == resumed.losses.keys()
+        assert there.losses == pytest.approx(resumed.losses, abs=1e-5)
+        assert there.weights.keys() == whole.weights.keys()
+        for name, each in whole.weights.items():
+            assert (there.weights[name] - each).abs().max() < 1e-5, name

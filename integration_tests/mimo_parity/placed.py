@@ -13,15 +13,20 @@ from mimo_parity.reference import BETAS, CLIP, DECAY, EPS, LR, SEQUENCE, Outcome
 
 @dataclass(frozen=True)
 class Distance:
-    """Largest differences from the reference: absolute for losses, relative to the largest value for the rest."""
+    """Largest differences from the reference: absolute for losses and logits, relative for the rest.
 
+    `changed` is the number of weights that an export right after the import does not give back bit for bit.
+    """
+
+    changed: int
+    logits: float
     loss: float
     norm: float
     gradient: float
     weight: float
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.1e} norm {self.norm:.1e} gradient {self.gradient:.1e} weight {self.weight:.1e}"
+        return f"logits {self.logits:.1e} loss {self.loss:.1e} norm {self.norm:.1e} gradient {self.gradient:.1e} weight {self.weight:.1e}"
 
 
 def train_placed(
@@ -34,6 +39,7 @@ def train_placed(
     from megatron.bridge.mimo import MimoProvider
     from megatron.bridge.mimo.conversion import export_hf_weights
     from megatron.bridge.mimo.optimizer import build_optimizer
+    from megatron.bridge.mimo.predict import logits
     from megatron.bridge.mimo.slices import loading_place
     from megatron.bridge.mimo.step import forward_step
 
@@ -59,6 +65,10 @@ def train_placed(
         for number in range(microbatches):
             yield part_of(batch(step * microbatches + number, samples, uneven=case.uneven), rank, size)
 
+    changed = _changed(folder, dict(export_hf_weights(provider.bridge, model)))
+    rank, size = loading_place(model.module_groups)
+    first = part_of(batch(0, samples, uneven=case.uneven), rank, size)
+    apart = _logit_difference(reference.logits, logits(runtime, [first]), model)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         model.zero_grad_buffer()
@@ -77,7 +87,7 @@ def train_placed(
         _, norm, _ = optimizer.step()
         norms.append(float(norm))
     weights = dict(export_hf_weights(provider.bridge, model))
-    distance = _distance(reference, Outcome(losses, norms, gradients, weights))
+    distance = _distance(reference, Outcome(losses, norms, gradients, weights, reference.logits), changed, apart)
     provider.engine.stop()
     return distance
 
@@ -113,12 +123,33 @@ class gradients_for_weights:
             each.data = value
 
 
-def _distance(reference: Outcome, found: Outcome) -> Distance:
+def _changed(folder: Path, exported: dict[str, torch.Tensor]) -> int:
+    from safetensors.torch import load_file
+
+    held = {name: each for file in folder.glob("*.safetensors") for name, each in load_file(file).items()}
+    same = [name for name in held if name in exported and held[name].equal(exported[name])]
+    return len(held.keys() | exported.keys()) - len(same)
+
+
+def _logit_difference(reference: torch.Tensor, found: list[torch.Tensor], model: Any) -> float:
+    from megatron.bridge.mimo.module_groups import LANGUAGE
+    from megatron.bridge.mimo.slices import sample_slice
+
+    if not found:
+        return 0.0
+    replicas = model.module_groups[LANGUAGE].here.dp
+    own = sample_slice(reference, replicas.rank(), replicas.size())
+    return float((found[0] - own).abs().max())
+
+
+def _distance(reference: Outcome, found: Outcome, changed: int, apart: float) -> Distance:
     def worst(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> float:
         least = 1e-3 * max((float(each.abs().max()) for each in theirs.values()), default=0.0)
         return max((_relative(each, ours[spelled(name, ours)], least) for name, each in theirs.items()), default=0.0)
 
     return Distance(
+        changed=changed,
+        logits=apart,
         loss=max(abs(a - b) for a, b in zip(reference.losses, found.losses, strict=True)),
         norm=max(abs(a - b) / a for a, b in zip(reference.norms, found.norms, strict=True)),
         gradient=worst(reference.gradients, found.gradients) if found.gradients else 0.0,

@@ -30,12 +30,14 @@ class Outcome:
         losses, norms: of each step: mean per token, and of the gradient before clipping.
         gradients: of the first step, by transformers' name.
         weights: after the last step.
+        logits: of the first micro-batch before any step, [samples, sequence, vocabulary].
     """
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    logits: Tensor
 
 
 def llava_config(*, tied: bool = False) -> Any:
@@ -91,6 +93,8 @@ def train_transformers(
         {"params": [each for each in trained.values() if each.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    with torch.no_grad():
+        before = _logits(model, batch(0, samples, uneven=uneven))
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         optimizer.zero_grad()
@@ -104,12 +108,17 @@ def train_transformers(
             gradients = {name: each.grad.clone() for name, each in trained.items()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(trained.values()), CLIP)))
         optimizer.step()
-        losses.append(float(loss))
-    return Outcome(losses, norms, gradients, {name: each.detach().clone() for name, each in named.items()})
+        losses.append(loss.item())
+    return Outcome(losses, norms, gradients, {name: each.detach().clone() for name, each in named.items()}, before)
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    pixels = batch["modality_inputs"]["images"]["pixel_values"]
-    logits = model(input_ids=batch["tokens"], pixel_values=pixels if len(pixels) else None).logits
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    logits = _logits(model, batch).flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="none")
     return (losses * batch["loss_mask"].flatten()).sum()
+
+
+def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    pixels = batch["modality_inputs"]["images"]["pixel_values"]
+    found: Tensor = model(input_ids=batch["tokens"], pixel_values=pixels if len(pixels) else None).logits
+    return found

@@ -1,4 +1,4 @@
-"""The same model in the training package's own loop: its configuration, and data that are random samples with images."""
+"""The same model in the training package's own loop: its configuration, and random samples with images as data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,3 +78,33 @@ def weights_of(cfg: Any, model: list[Any]) -> dict[str, torch.Tensor]:
     from megatron.bridge.mimo.conversion import export_hf_weights
 
     return {name: each.clone() for name, each in export_hf_weights(cfg.model.bridge, model[0])}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: losses of its steps, the validation loss, and the weights."""
+
+    losses: dict[int, float]
+    valid_loss: float | None
+    weights: dict[str, torch.Tensor]
+
+
+def train_case(case: Case, folder: Path, *, stop: int | None = None, **checkpoint: Any) -> Trained:
+    """Train by the package's own loop; called on every rank of the case's world.
+
+    Args:
+        case: where.
+        folder: of the Hugging Face model.
+        stop: step to stop after.
+        checkpoint: see `run_of`.
+    """
+    from megatron.bridge.mimo.mimo_step import forward_step
+    from megatron.bridge.training.setup import distributed, setup
+    from megatron.bridge.training.train import train
+
+    cfg = run_of(case, folder, **checkpoint)
+    cfg.train.exit_interval = stop
+    with distributed(cfg):
+        run = setup(cfg)
+        result = train(run, forward_step)
+        return Trained(result.losses, result.valid_loss, weights_of(cfg, run.model))

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.encoders import Encoder
 from megatron.bridge.mimo.places import ITEMS, PLACES, refuse_misplaced
 from megatron.bridge.models.vision_half import nothing_of
@@ -74,6 +75,11 @@ class EncoderModule(ModalitySubmodules):
             sizes = [len(each) for each in features] if number else []
             refuse_misplaced(self.name, self.encoder.token_id, places, items, sizes)
         rows = torch.cat(tuple(features))
+        if rows.shape[-1] != self.encoder.width:
+            raise BridgeError(
+                f"{self.name!r}: the encoder's features have width {rows.shape[-1]}, and it says {self.encoder.width}, "
+                "for which its projector was made; correct the width of its encoder"
+            )
         for projector in self.input_projections:
             rows = projector(rows)
         if self.training and torch.is_grad_enabled():

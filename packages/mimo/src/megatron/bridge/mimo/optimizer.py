@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -71,12 +71,17 @@ def module_state(
     """
     prepare_optimizer_state(info.optimizer)
     state = info.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(sharding))
-    tensors, present = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
+    tensors, present = extract_matching_values(state, _kept_apart)
     add_prefix_for_sharding(tensors, f"optimizer.{name}.")
     groups = info.pg_collection
     copy = (groups.pp.rank(), groups.tp.rank(), groups.dp.rank())
     rest = ShardedObject(f"optimizer.{name}.rest", present, (1,), (0,), replica_id=copy)
     return {"tensors": tensors, "rest": rest}, present
+
+
+def _kept_apart(value: Any) -> bool:
+    """Whether Megatron-Core saves a value as each rank has it, or leaves it to the rank that loads."""
+    return isinstance(value, ShardedBase | LocalNonpersistentObject)
 
 
 def load_module_state(optimizer: Any, loaded: Mapping[str, Any], present: dict[str, Any]) -> None:

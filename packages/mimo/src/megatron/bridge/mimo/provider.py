@@ -41,15 +41,16 @@ class MimoProvider:
         encoders: by name of the modality, which is the name in the placement.
         placement: which module stands on which ranks.
         frozen_language: the language model is not trained.
-        bridge: the Hugging Face model that encoders and language model are of; None for parts put together.
+        load_weights: take the weights of the Hugging Face model, where there is one.
     """
 
     language: GPTModelProvider
     encoders: dict[str, Encoder]
     placement: MimoParallelismConfig
     frozen_language: bool = False
-    bridge: "AutoBridge | None" = None
-    load_weights: bool = field(default=True)
+    load_weights: bool = True
+    # The Hugging Face model that all modules are of; None for parts put together.
+    bridge: "AutoBridge | None" = field(default=None, init=False, repr=False)
 
     @classmethod
     def from_hf_pretrained(
@@ -75,12 +76,10 @@ class MimoProvider:
             raise BridgeError(f"the model has one vision half, and the placement has the encoders {names}; name one")
         whole = bridge.to_megatron_provider(load_weights=False)
         values = {each.name: getattr(whole, each.name) for each in fields(GPTModelProvider) if each.init}
-        return cls(
-            language=GPTModelProvider(**{**values, **changes}),
-            encoders={names[0]: encoder},
-            placement=placement,
-            bridge=bridge,
-        )
+        language = GPTModelProvider(**{**values, **changes})
+        provider = cls(language=language, encoders={names[0]: encoder}, placement=placement)
+        provider.bridge = bridge
+        return provider
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "language":
@@ -269,11 +268,14 @@ class MimoProvider:
 
     def _encoder(self, name: str, place: "ModuleGroups", seed: int) -> "torch.nn.Module":
         from megatron.bridge.mimo.encoder_module import EncoderModule
+        from megatron.bridge.mimo.projectors import mlp_projector
 
         _seed(place, seed)
         encoder, config = self.encoders[name], self._encoder_config(name, place.layout)
         tower = encoder.build(config, initialized=not self._loads)
-        return EncoderModule(name, encoder, config, tower, None, place.here)
+        hidden = self.language.hidden_size
+        projector = None if encoder.projects else mlp_projector(config, encoder.width, hidden, place.here)
+        return EncoderModule(name, encoder, config, tower, projector, place.here)
 
     def _encoder_config(self, name: str, layout: ModuleParallelismConfig) -> "TransformerConfig":
         """What Megatron-Core's DDP and optimizer ask of a module; the encoder's own sizes are its own business."""
@@ -296,6 +298,8 @@ class MimoProvider:
     def _language(self, place: "ModuleGroups", seed: int) -> "torch.nn.Module":
         from megatron.core import parallel_state
 
+        from megatron.bridge.mimo.projectors import tell_group
+
         _seed(place, seed)
         pipeline, tensor = place.here.pp, place.here.tp
         # Layer specs, ours and Megatron-Core's, ask here for the place of the only model that they know of.
@@ -303,7 +307,9 @@ class MimoProvider:
         parallel_state.set_tensor_model_parallel_rank(tensor.rank())
         first, last = pipeline.rank() == 0, pipeline.rank() == pipeline.size() - 1
         provider = self.language.replace(perform_initialization=not self._loads)
-        return provider.provide(first, last, pg_collection=place.here)
+        model = provider.provide(first, last, pg_collection=place.here)
+        tell_group(model, place.here)
+        return model
 
     def _freeze(self, model: "BridgeMimoModel") -> None:
         from megatron.bridge.mimo.module_groups import LANGUAGE

@@ -1,7 +1,7 @@
 """The encoder of a Hugging Face vision-language model: its tower and projector, as transformers wrote them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,8 @@ class VisionHalf(Encoder):
         probe: inputs of one image.
     """
 
-    vision: Vision
-    probe: Mapping[str, Tensor]
+    vision: Vision = field(repr=False)
+    probe: Mapping[str, Tensor] = field(repr=False)
 
     @classmethod
     def of(cls, bridge: "AutoBridge") -> "VisionHalf":
