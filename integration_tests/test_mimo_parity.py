@@ -6,12 +6,12 @@ import pytest
 from mimo_parity.cases import QUICK, WIDE, Case
 from mimo_parity.measured import measured
 from mimo_parity.reference import llava_config
-from mimo_parity.run import Trained, train_case
+from mimo_parity.run import Trained, failing_step, train_case
 
-from megatron.bridge.testing import run_ranks, save_random_model
+from megatron.bridge.testing import RankFailed, run_ranks, save_random_model
 
 PAGE = Path(__file__).parents[1] / "docs/mimo-parity.md"
-TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-4, "weight": 1e-4}
+TOLERANCE = {"changed": 0, "logits": 1e-4, "loss": 1e-5, "norm": 1e-5, "gradient": 1e-4, "weight": 1e-4}
 
 
 @pytest.mark.timeout(600)
@@ -26,6 +26,28 @@ def test_every_mode_trains_as_transformers_does(tmp_path: Path) -> None:
 def test_the_page_has_every_placement() -> None:
     text = PAGE.read_text("utf-8")
     assert all(f"| {case.mode} | {case.name} |" in text for case in (*QUICK, *WIDE))
+
+
+APART = Case("1 + PP2", "heterogeneous", (1, 1, 1), (1, 2, 1), True)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dies", [True, False], ids=["gone", "failing"])
+def test_a_rank_that_fails_is_named_with_its_module_on_every_other(dies: bool, tmp_path: Path) -> None:
+    save_random_model(llava_config(), tmp_path / "hf")
+
+    def work() -> str:
+        return failing_step(APART, tmp_path / "hf", rank=2, dies=dies)
+
+    if dies:
+        with pytest.raises(RankFailed) as ended:
+            run_ranks(3, work, timeout=120, grace=40, collective_timeout=30)
+        told = str(ended.value)
+        assert told.count("rank 2 did not come within 3 s") >= 2
+    else:
+        told = " ".join(run_ranks(3, work, timeout=120))
+        assert told.count("rank 2: ValueError: broken on purpose") == 3
+    assert "'images' stands on rank 0, 'language_module' stands on ranks 1-2" in told
 
 
 SHARED = ("distributed", "overlap")

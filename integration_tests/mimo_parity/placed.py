@@ -26,7 +26,8 @@ class Distance:
     weight: float
 
     def __str__(self) -> str:
-        return f"logits {self.logits:.1e} loss {self.loss:.1e} norm {self.norm:.1e} gradient {self.gradient:.1e} weight {self.weight:.1e}"
+        figures = (f"{name} {value:.1e}" for name, value in vars(self).items())
+        return " ".join(figures)
 
 
 def train_placed(

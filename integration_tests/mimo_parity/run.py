@@ -108,3 +108,37 @@ def train_case(case: Case, folder: Path, *, stop: int | None = None, **checkpoin
         run = setup(cfg)
         result = train(run, forward_step)
         return Trained(result.losses, result.valid_loss, weights_of(cfg, run.model))
+
+
+def failing_step(case: Case, folder: Path, *, rank: int, dies: bool) -> str:
+    """A step in which `rank` dies or raises; what the others raise is returned, or raised where one `dies`."""
+    import os
+
+    from megatron.bridge import platform
+    from megatron.bridge.errors import BridgeError
+    from megatron.bridge.mimo import MimoProvider
+    from megatron.bridge.mimo.slices import loading_place
+    from megatron.bridge.mimo.step import forward_step
+    from mimo_parity.placed import part_of
+
+    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
+    (model,) = provider.provide_distributed_model()
+    runtime = provider.engine.runtime
+    runtime.peer_timeout = 3.0
+
+    def step(data_iterator: Any, model: Any) -> Any:
+        if platform.rank() == rank and dies:
+            os._exit(3)
+        if platform.rank() == rank:
+            raise ValueError("broken on purpose")
+        return forward_step(data_iterator, model)
+
+    place = loading_place(model.module_groups)
+    data = iter([part_of(batch(number, 4, uneven=case.uneven), *place) for number in range(2)])
+    try:
+        runtime.forward_backward(step, data, 2, seq_length=SEQUENCE, micro_batch_size=4)
+    except BridgeError as error:
+        if dies:
+            raise
+        return str(error)
+    raise AssertionError("the step went well")

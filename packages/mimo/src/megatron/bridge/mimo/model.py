@@ -169,7 +169,10 @@ class BridgeMimoModel(MimoModel):
                 self.modality_submodules[name] = self._build[name]()
 
     def _initialize_language_model(self) -> None:
-        self.language_model: Any = self._build[LANGUAGE]() if self.role.has_language_module else None
+        if self.role.has_language_module:
+            self.language_model = self._build[LANGUAGE]()
+        else:
+            self.register_module("language_model", None)
 
     def _build_colocated_communicators(self) -> None:
         for name in () if self._shared else self.mimo_config.modality_submodules_spec:

@@ -1,6 +1,6 @@
 """Forward passes for their own sake: logits, and how many of the trained tokens a model would say."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.mimo.module_groups import LANGUAGE
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.state import RunState
 
 
-def logits(runtime: "MimoRuntime", batches: "list[Mapping[str, Any]]") -> "list[Tensor]":
+def logits(runtime: "MimoRuntime", batches: "Sequence[Mapping[str, Any]]") -> "list[Tensor]":
     """Logits of micro-batches at any placement. Collective over the world.
 
     Args:

@@ -40,4 +40,4 @@ def tell_group(module: torch.nn.Module, groups: ProcessGroupCollection) -> None:
     """
     for part in module.modules():
         if isinstance(part, MegatronModule) and getattr(part, "tp_group", None) is None:
-            part.tp_group = groups.tp  # type: ignore[assignment]
+            part.tp_group = groups.tp

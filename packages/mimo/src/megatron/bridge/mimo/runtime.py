@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron.bridge import platform
 from megatron.bridge.mimo.module_groups import LANGUAGE
+from megatron.bridge.mimo.peer_failure import peer_failure
 from megatron.bridge.mimo.uneven_bridges import UnevenPipeline
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class MimoRuntime:
 
     def __init__(self, model: "BridgeMimoModel", placement: "MimoParallelismConfig") -> None:
         self.model, self.placement = model, placement
+        self.peer_timeout = 20.0  # seconds that ranks are waited for when the exchange with one of them has failed
         self.modules = model.module_groups
         config = model.config
         config.finalize_model_grads_func = self.finish_gradients
@@ -101,10 +103,17 @@ class MimoRuntime:
         )
 
     def run_schedule(self, **arguments: Any) -> list[Any]:
-        """Megatron-Core's schedule for this placement, with its own arguments."""
+        """Megatron-Core's schedule for this placement, with its own arguments.
+
+        Raises:
+            BridgeError: (on every rank that is left) a rank failed or is gone; names it and its module.
+        """
         if isinstance(data := arguments.get("data_iterator"), list):
             arguments["data_iterator"] = data[0]
-        reports = self.schedule(**arguments)
+        try:
+            reports = self.schedule(**arguments)
+        except Exception as error:
+            raise peer_failure(error, self.placement, self.peer_timeout) from error
         if self._pipeline is not None:
             self._pipeline.forget()
         return reports

@@ -103,10 +103,20 @@ def digits_vlm_config(mode: str = "colocated") -> ConfigContainer:
         },
     )
     language = GPTModelProvider(
-        **{"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4},
-        **{"num_query_groups": 2, "vocab_size": VOCABULARY, "make_vocab_size_divisible_by": 8, "seq_length": LENGTH},
-        **{"normalization": "RMSNorm", "gated_linear_unit": True, "activation_func": torch.nn.functional.silu},
-        **{"add_bias_linear": False, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=VOCABULARY,
+        make_vocab_size_divisible_by=8,
+        seq_length=LENGTH,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
     )
     layout = placement(mode)
     replicas = layout.module_parallelisms["language_module"].data_parallel
