@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.state import RunState, TrainResult
 
 STEPS = 20
-BATCH = 8
+BATCH = 4
 WARM_UP = 2
 SECTIONS = ("train", "optimizer", "ddp")
 _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
