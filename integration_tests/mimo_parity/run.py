@@ -124,7 +124,6 @@ def failing_step(case: Case, folder: Path, *, rank: int, dies: bool) -> str:
     provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
     (model,) = provider.provide_distributed_model()
     runtime = provider.engine.runtime
-    runtime.peer_timeout = 3.0
 
     def step(data_iterator: Any, model: Any) -> Any:
         if platform.rank() == rank and dies:

@@ -60,11 +60,11 @@ class TokenAccuracy(Callback):
     """After each evaluation: the share of trained tokens of the validation split that the model would say itself.
 
     Args:
-        micro_batches: of all replicas together, from the beginning of the split.
+        samples: how many, from the beginning of the split; those of whole micro-batches are counted.
     """
 
-    def __init__(self, micro_batches: int) -> None:
-        self._micro_batches = micro_batches
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
         self.values: dict[int, float] = {}
 
     def on_evaluate_end(self, run: "RunState", loss: float) -> None:
@@ -77,7 +77,7 @@ class TokenAccuracy(Callback):
         samples = run.cfg.train.micro_batch_size * run.engine.replicas(run.cfg, platform.world_size())
         (data,) = batches_per_chunk(run.cfg, run.valid_dataset, 1, samples)
         assert data is not None
-        batches = [next(data) for _ in range(self._micro_batches)]
+        batches = [next(data) for _ in range(self._samples // samples)]
         runtime.model.eval()
         counts = torch.zeros(2, device=platform.device())
         for batch, found in zip(batches, logits(runtime, batches), strict=False):

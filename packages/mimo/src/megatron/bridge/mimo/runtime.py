@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron.bridge import platform
 from megatron.bridge.mimo.module_groups import LANGUAGE
-from megatron.bridge.mimo.peer_failure import peer_failure
+from megatron.bridge.mimo.peer_failure import Peers
 from megatron.bridge.mimo.uneven_bridges import UnevenPipeline
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class MimoRuntime:
 
     def __init__(self, model: "BridgeMimoModel", placement: "MimoParallelismConfig") -> None:
         self.model, self.placement = model, placement
-        self.peer_timeout = 20.0  # seconds that ranks are waited for when the exchange with one of them has failed
+        self._peers = Peers(placement)
         self.modules = model.module_groups
         config = model.config
         config.finalize_model_grads_func = self.finish_gradients
@@ -113,7 +113,7 @@ class MimoRuntime:
         try:
             reports = self.schedule(**arguments)
         except Exception as error:
-            raise peer_failure(error, self.placement, self.peer_timeout) from error
+            raise self._peers.failure(error) from error
         if self._pipeline is not None:
             self._pipeline.forget()
         return reports

@@ -30,6 +30,7 @@ FEATURES = 16
 # Start, image, question | answer.
 LENGTH = 1 + FEATURES + 1
 HELD_OUT = 6
+HELD_OUT_SAMPLES = 600
 
 
 class DigitQuestions(Dataset[Any]):
@@ -124,12 +125,12 @@ def digits_vlm_config(mode: str = "colocated") -> ConfigContainer:
         model=MimoProvider(language=language, encoders={"images": tower}, placement=layout),
         dataset=DigitsProvider(),
         train=TrainingConfig(
-            train_iters=400,
-            global_batch_size=64,
+            train_iters=300,
+            global_batch_size=200,
             # A pipeline over two modules wants micro-batches to fill it.
-            micro_batch_size=16 if mode == "heterogeneous" else 64 // replicas,
-            eval_interval=100,
-            eval_iters=9,
+            micro_batch_size=50 if mode == "heterogeneous" else 200 // replicas,
+            eval_interval=50,
+            eval_iters=HELD_OUT_SAMPLES // 200,
         ),
         optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4, weight_decay=0.01, clip_grad=1.0),
         scheduler=SchedulerConfig(lr_warmup_iters=20),

@@ -1,0 +1,1 @@
+"""Placements measured side by side: one YAML file each, one report over all."""
