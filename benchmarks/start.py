@@ -1,16 +1,16 @@
 """From a configuration to the end of the first step, beside the bare imports that nobody can do without.
 
-A tiny model, one process, each measured in processes of their own: `import torch, megatron.core` with what a loop needs
-of Megatron-Core, and a run of one step on mock data. What lies between the two is ours.
+A tiny model in a fresh process: first `import torch, megatron.core` with what a loop needs of Megatron-Core, and from
+there a run of one step on mock data, with all that is imported for it. The second part is ours.
 
     uv run python benchmarks/start.py
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
-import time
 
 IMPORTS = """
 import torch
@@ -42,34 +42,30 @@ if __name__ == "__main__":
 """
 
 
-def seconds(code: str) -> tuple[float, float]:
-    """Of a fresh process that runs `code`: on the clock, and of CPU."""
-    import resource
+MARK = """
+import time
+print("at", time.perf_counter(), time.process_time())
+"""
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
-    clock = time.perf_counter() - begin
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return clock, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+def run() -> list[tuple[float, float]]:
+    """Seconds on the clock and of CPU in a fresh process: for the imports, and from there to the end of the step."""
+    code = "".join((MARK, IMPORTS, MARK, FIRST_STEP, MARK))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    marks = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("at ")]
+    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in itertools.pairwise(marks)]
 
 
 def main() -> None:
-    """Measure in turn and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes (default: 3)")
     arguments = parser.parse_args()
-    bare, first = [], []
-    for _ in range(arguments.rounds):
-        bare.append(seconds(IMPORTS))
-        first.append(seconds(FIRST_STEP))
-    print(f"{'median of ' + str(arguments.rounds):28}{'seconds':>10}{'CPU s':>10}")
-    medians = {}
-    for name, measured in {"bare imports": bare, "to the end of the first step": first}.items():
-        medians[name] = [statistics.median(column) for column in zip(*measured, strict=True)]
-        print(f"{name:28}{medians[name][0]:10.2f}{medians[name][1]:10.2f}")
-    ours = [step - imports for imports, step in zip(*medians.values(), strict=True)]
-    print(f"{'difference':28}{ours[0]:10.2f}{ours[1]:10.2f}")
+    rounds = [run() for _ in range(arguments.rounds)]
+    print(f"{'median of ' + str(arguments.rounds):36}{'seconds':>10}{'CPU s':>10}")
+    for part, name in enumerate(("bare imports", "from there to the end of the first step")):
+        clock, cpu = (statistics.median(each[part][kind] for each in rounds) for kind in (0, 1))
+        print(f"{name:36}{clock:10.2f}{cpu:10.2f}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""Training speed on this machine: three loops around one Llama, in turn, as tokens per second.
+"""Training speed on this machine: loops around one Llama, in turn, as tokens per second.
 
-`uv run python benchmarks/train.py` compares, in fp32 and one process each,
+`uv run python benchmarks/train.py` compares in fp32, on one process each, or with `--ranks 2` on data-parallel ones,
 
-- bridge: this project's provider, layer spec `torch` and training step (`megatron.bridge.training`);
-- megatron: a bare loop on Megatron-Core's schedule, DDP and optimizer with its own layer spec `local`;
-- transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW`.
+- bridge: `megatron.bridge.training.train.train`, all of the loop but data loading: steps, reports to a file, the ranks'
+  agreement whether to go on; of this project's model with the layer spec `torch`;
+- same model: a bare loop on Megatron-Core's schedule, DDP and optimizer around the very same model: what lies between
+  the two is what our loop costs;
+- megatron: the bare loop around Megatron-Core's own model and its layer spec `local`;
+- transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW` (one process).
 
-Every loop clips gradients to norm 1 and sees the same tokens. Each has a process of its own, kept warm, and they take
-turns, so that whatever else runs here slows all alike; the medians over the rounds are compared. On a busy machine the
-tokens per second of CPU tell more than those on the clock; `OMP_NUM_THREADS=1` makes them sharper still.
+Every loop clips gradients to norm 1 and sees the same tokens. Each has processes of its own, kept warm, and they take
+turns, so that whatever else runs here slows all alike; turns are compared round by round, and medians are told. On a
+busy machine the figures of CPU time say more than those on the clock; `OMP_NUM_THREADS=1` makes them sharper still.
 """
 
 import argparse
 import multiprocessing
+import os
+import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,22 +44,59 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one step."""
+        """Tokens of one step on one rank."""
         return self.batch * self.length
 
 
-type Step = Callable[[], float]
+@dataclass(frozen=True)
+class Turn:
+    """What a loop did in one turn: seconds on the clock, seconds of CPU over all its threads, the last step's loss."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+
+class Turns:
+    """Asks a loop for some steps at a time, and answers each request with a `Turn`."""
+
+    def __init__(self, requests: Connection) -> None:
+        self._requests, self._left = requests, 0
+        self._begin = self._cpu_begin = 0.0
+
+    def wait(self) -> bool:
+        """Wait for a turn; whether there is one."""
+        self._left = self._requests.recv()
+        self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
+        return self._left > 0
+
+    def done(self, loss: float) -> bool:
+        """A step is done; whether another is to follow, now or in another turn."""
+        self._left -= 1
+        if self._left > 0:
+            return True
+        self._requests.send(Turn(time.perf_counter() - self._begin, time.process_time() - self._cpu_begin, loss))
+        return self.wait()
+
+    def take(self, step: Callable[[], float]) -> None:
+        """Do steps as long as they are asked for."""
+        going = self.wait()
+        while going:
+            going = self.done(step())
+
+
+type Loop = Callable[[Shape, Turns], None]
 LEARNING_RATE = 3e-4
 
 
 def batches(shape: Shape) -> Iterator[torch.Tensor]:
     """Rows of `length + 1` random tokens, the same for every loop."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", 0)))
     while True:
         yield torch.randint(0, shape.vocabulary, (shape.batch, shape.length + 1), generator=generator)
 
 
-def transformers_loop(shape: Shape) -> Step:
+def transformers_loop(shape: Shape, turns: Turns) -> None:
     """A plain loop around transformers' Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,20 +125,13 @@ def transformers_loop(shape: Shape) -> Step:
         optimizer.step()
         return float(loss)
 
-    return step
+    turns.take(step)
 
 
-def bridge_loop(shape: Shape) -> Step:
-    """Our training loop's own step, on the tokens of the other loops."""
-    from megatron.bridge import platform
+def _provider(shape: Shape) -> Any:
     from megatron.bridge.models import GPTModelProvider
-    from megatron.bridge.training import config as c
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.setup import setup
-    from megatron.bridge.training.step import train_step
 
-    platform.initialize_distributed()
-    provider = GPTModelProvider(
+    return GPTModelProvider(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -111,15 +147,40 @@ def bridge_loop(shape: Shape) -> Step:
         seq_length=shape.length,
         layer_spec="torch",
     )
-    run = setup(
-        c.ConfigContainer(
-            model=provider,
-            dataset=c.GPTDatasetConfig(mock=True, sequence_length=shape.length),
-            tokenizer=c.TokenizerConfig(vocab_size=shape.vocabulary),
-            train=c.TrainingConfig(train_iters=1000, global_batch_size=shape.batch, micro_batch_size=shape.batch),
-            optimizer=c.OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0),
-        )
+
+
+def _our_model(shape: Shape) -> Any:
+    return _provider(shape).provide_distributed_model(wrap_with_ddp=False)[0]
+
+
+def bridge_loop(shape: Shape, turns: Turns) -> None:
+    """Our training loop, on the tokens of the other loops."""
+    from megatron.bridge import platform
+    from megatron.bridge.training import config as c
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.setup import setup
+    from megatron.bridge.training.train import train
+
+    class InTurns(Callback):
+        def on_train_start(self, run: Any) -> None:
+            turns.wait()
+
+        def on_step_end(self, run: Any, result: Any) -> None:
+            if not turns.done(result.loss):
+                run.request_stop("measured")
+
+    platform.initialize_distributed()
+    batch = shape.batch * platform.world_size()
+    cfg = c.ConfigContainer(
+        model=_provider(shape),
+        dataset=c.GPTDatasetConfig(mock=True, sequence_length=shape.length),
+        tokenizer=c.TokenizerConfig(vocab_size=shape.vocabulary),
+        train=c.TrainingConfig(train_iters=1000, global_batch_size=batch, micro_batch_size=shape.batch),
+        optimizer=c.OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0),
+        logger=c.LoggerConfig(progress=False, folder=tempfile.mkdtemp()),
     )
+    run = setup(cfg, [InTurns()])
     rows = batches(shape)
     positions = torch.arange(shape.length).expand(shape.batch, -1)
     mask = torch.ones(shape.batch, shape.length)
@@ -129,12 +190,12 @@ def bridge_loop(shape: Shape) -> Step:
             tokens, labels = row[:, :-1].contiguous(), row[:, 1:].contiguous()
             yield {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
 
-    run.train_data = [same_tokens()]
-    return lambda: train_step(run, forward_step).loss
+    run.train_data = [run.phases.waiting(same_tokens())]
+    train(run, forward_step)
 
 
-def megatron_loop(shape: Shape, spec: str) -> Step:
-    """Megatron-Core's own schedule, DDP and optimizer around a GPT model of the named layer spec."""
+def megatron_loop(shape: Shape, turns: Turns, build: Callable[[Shape], Any]) -> None:
+    """Megatron-Core's own schedule, DDP and optimizer around a GPT model."""
     from megatron.bridge.platform import initialize_distributed
 
     initialize_distributed()
@@ -146,9 +207,10 @@ def megatron_loop(shape: Shape, spec: str) -> Step:
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    model = _gpt_model(shape, spec)
+    model = build(shape)
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    wrapped.broadcast_params()
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0), [wrapped])
     forward_backward = get_forward_backward_func()
     rows = batches(shape)
@@ -174,10 +236,10 @@ def megatron_loop(shape: Shape, spec: str) -> Step:
         optimizer.step()
         return float(reduced[0]["loss"])
 
-    return step
+    turns.take(step)
 
 
-def _gpt_model(shape: Shape, spec: str) -> Any:
+def _core_model(shape: Shape) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -201,7 +263,7 @@ def _gpt_model(shape: Shape, spec: str) -> Any:
     )
     return GPTModel(
         config,
-        LAYER_SPECS[spec](config, vp_stage=None),
+        LAYER_SPECS["local"](config, vp_stage=None),
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.length,
         position_embedding_type="rope",
@@ -209,66 +271,76 @@ def _gpt_model(shape: Shape, spec: str) -> Any:
     )
 
 
-LOOPS: dict[str, Callable[[Shape], Step]] = {
+LOOPS: dict[str, Loop] = {
     "bridge": bridge_loop,
-    "megatron, our spec": lambda shape: megatron_loop(shape, "torch"),
-    "megatron": lambda shape: megatron_loop(shape, "local"),
+    "same model": lambda shape, turns: megatron_loop(shape, turns, _our_model),
+    "megatron": lambda shape, turns: megatron_loop(shape, turns, _core_model),
     "transformers": transformers_loop,
 }
+ON_SEVERAL_RANKS = ("bridge", "same model", "megatron")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What a loop did in one turn: seconds on the clock, seconds of CPU over all its threads, the last step's loss."""
-
-    seconds: float
-    cpu_seconds: float
-    loss: float
-
-
-def serve(name: str, shape: Shape, requests: Connection) -> None:
-    """Run in a process of its own: answer each request for n steps with a `Turn`."""
-    step = LOOPS[name](shape)
-    while count := requests.recv():
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        losses = [step() for _ in range(count)]
-        requests.send(Turn(time.perf_counter() - begin, time.process_time() - cpu_begin, losses[-1]))
+def serve(name: str, shape: Shape, place: dict[str, str], requests: Connection) -> None:
+    """Run in a process of its own, as one rank: answer requests for steps."""
+    os.environ.update(place)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // int(place["WORLD_SIZE"]))))
+    LOOPS[name](shape, Turns(requests))
 
 
-def measure(names: list[str], shape: Shape, rounds: int, steps: int) -> dict[str, list[Turn]]:
-    """The turns of each loop."""
+def start(name: str, shape: Shape, ranks: int) -> list[Connection]:
+    """The processes of a loop, one for each rank, by the lines to them."""
     context = multiprocessing.get_context("spawn")
-    lines: dict[str, Connection] = {}
-    for name in names:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    lines = []
+    for rank in range(ranks):
         here, there = context.Pipe()
-        context.Process(target=serve, args=(name, shape, there), daemon=True).start()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        context.Process(target=serve, args=(name, shape, place, there), daemon=True).start()
         there.close()
-        lines[name] = here
-        _ask(here, 2)  # warm up, and start one after another
+        lines.append(here)
+    return lines
+
+
+def ask(lines: list[Connection], steps: int) -> Turn:
+    """A turn of all ranks: the slowest one's seconds, the seconds of CPU of all, rank 0's loss."""
+    for line in lines:
+        line.send(steps)
+    turns: list[Turn] = [line.recv() for line in lines]
+    return Turn(max(turn.seconds for turn in turns), sum(turn.cpu_seconds for turn in turns), turns[0].loss)
+
+
+def measure(names: list[str], shape: Shape, rounds: int, steps: int, ranks: int) -> dict[str, list[Turn]]:
+    """The turns of each loop, in an order that changes from round to round."""
+    loops: dict[str, list[Connection]] = {}
+    for name in names:
+        loops[name] = start(name, shape, ranks)
+        ask(loops[name], 2)  # warm up, and start one after another
     turns: dict[str, list[Turn]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name, line in lines.items():
-            turns[name].append(_ask(line, steps))
-    for line in lines.values():
+    for number in range(rounds):
+        for name in names if number % 2 else reversed(names):
+            turns[name].append(ask(loops[name], steps))
+    for line in (line for lines in loops.values() for line in lines):
         line.send(0)
     return turns
 
 
-def _ask(line: Connection, steps: int) -> Turn:
-    line.send(steps)
-    turn: Turn = line.recv()
-    return turn
-
-
 def table(results: dict[str, list[Turn]], tokens: int) -> str:
-    """Medians over the turns of `tokens` tokens each, and how many times as fast the first loop is as each."""
-    clock = {name: statistics.median(tokens / turn.seconds for turn in turns) for name, turns in results.items()}
-    cpu = {name: statistics.median(tokens / turn.cpu_seconds for turn in turns) for name, turns in results.items()}
-    first = next(iter(results))
-    lines = [f"{'loop':20}{'tokens/s':>10}{f'{first} is':>12}{'tokens/CPU s':>15}{f'{first} is':>12}{'last loss':>11}"]
+    """Medians over the turns of `tokens` tokens each, and of what each took to what the first loop took by then."""
+    first, ours = next(iter(results.items()))
+    headline = f"{f'time of {first}':>18}"
+    lines = [f"{'loop':16}{'tokens/s':>10}{headline}{'tokens/CPU s':>15}{headline}{'last loss':>11}"]
     for name, turns in results.items():
-        by_clock, by_cpu = (f"{speeds[first] / speeds[name]:.2f} x" for speeds in (clock, cpu))
-        lines.append(f"{name:20}{clock[name]:10.0f}{by_clock:>12}{cpu[name]:15.0f}{by_cpu:>12}{turns[-1].loss:11.3f}")
+        cells = ""
+        for kind, width in (("seconds", 10), ("cpu_seconds", 15)):
+            speed = statistics.median(tokens / getattr(turn, kind) for turn in turns)
+            pairs = zip(ours, turns, strict=True)
+            ratio = statistics.median(getattr(mine, kind) / getattr(other, kind) for mine, other in pairs)
+            cells += f"{speed:{width}.0f}{f'{ratio:.3f} x':>18}"
+        lines.append(f"{name:16}{cells}{turns[-1].loss:11.3f}")
     return "\n".join(lines)
 
 
@@ -277,14 +349,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loop (default: 7)")
     parser.add_argument("--steps", type=int, default=2, help="training steps in a turn (default: 2)")
-    parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens in a step (default: 4)")
-    parser.add_argument("--only", nargs="+", choices=LOOPS, default=list(LOOPS), help="loops to run")
+    parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens in a step of a rank (default: 4)")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model (default: 8)")
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks of each loop (default: 1)")
+    parser.add_argument("--only", nargs="+", choices=LOOPS, help="loops to run; the first is compared with the others")
     arguments = parser.parse_args()
-    shape = Shape(batch=arguments.batch)
-    results = measure(arguments.only, shape, arguments.rounds, arguments.steps)
-    print(f"{shape}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"median of {arguments.rounds} rounds of {arguments.steps} steps, taken in turn\n")
-    print(table(results, arguments.steps * shape.tokens))
+    shape = Shape(batch=arguments.batch, layers=arguments.layers)
+    names = arguments.only or list(LOOPS if arguments.ranks == 1 else ON_SEVERAL_RANKS)
+    results = measure(names, shape, arguments.rounds, arguments.steps, arguments.ranks)
+    print(f"{shape}, fp32, ranks: {arguments.ranks}, torch {torch.__version__}")
+    print(f"medians of {arguments.rounds} rounds of {arguments.steps} steps, taken in turn\n")
+    print(table(results, arguments.steps * shape.tokens * arguments.ranks))
 
 
 if __name__ == "__main__":

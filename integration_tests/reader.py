@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +121,15 @@ def _shortened(body: str) -> str:
 
 
 def _run_script(script: Path, folder: Path) -> int:
-    import megatron.bridge.recipes.llama.llama32_1b as recipe
+    from megatron.bridge.recipes.base import building
 
-    published: Callable[[int], Any] = recipe.model
-    recipe.model = lambda seq_length: published(seq_length).replace(**SMALLER)  # type: ignore[assignment]
+    published = building.provider_of
+
+    def smaller(description: Any, fields: Any) -> Any:
+        model = published(description, fields)
+        return model.replace(**SMALLER) if description.home == "meta-llama/Llama-3.2-1B" else model
+
+    building.provider_of = smaller
     os.chdir(folder)
     sys.path.insert(0, str(folder))  # as where a script lies beside the files that it imports
     runpy.run_path(str(script), run_name="__main__")

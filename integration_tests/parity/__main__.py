@@ -1,4 +1,4 @@
-"""`just parity [MODEL...]`: train at every layout and write `docs/parity.md`."""
+"""`just parity [MODEL...]`: train at every layout, and models of every kind one step, and write `docs/parity.md`."""
 
 import sys
 import tempfile
@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron.bridge.testing import import_engine
+from parity.kinds import KINDS, one_step
 from parity.measured import measured
 from parity.models import MODELS
 from parity.page import page
@@ -26,9 +27,13 @@ def main(names: list[str]) -> int:
             results[name] = measured(MODELS[name], Path(folder) / name, MODELS[name].layouts)
             for layout, found in results[name].items():
                 print(f"{name:28}{layout:42}{found}", flush=True)
-    if not names:
+        if names:
+            return 0
+        steps = one_step(KINDS, Path(folder) / "kinds")
+        for name, found in steps.items():
+            print(f"{name:28}{found}", flush=True)
         versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-        PAGE.write_text(page(results, versions), encoding="utf-8")
+        PAGE.write_text(page(results, steps, versions), encoding="utf-8")
     return 0
 
 

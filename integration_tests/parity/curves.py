@@ -13,7 +13,6 @@ from megatron.bridge.testing import run_ranks
 from megatron.bridge.training import config as c
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.data import batches_per_chunk, build_datasets
-from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.setup import distributed
 from parity.layouts import Layout
@@ -35,7 +34,7 @@ _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 @dataclass(frozen=True)
 class Curve:
-    """`STEPS` steps: losses, gradient norms before clipping, and the weights at the end, as files name them."""
+    """Losses and gradient norms before clipping by step, and the weights at the end, as files name them."""
 
     losses: list[float]
     norms: list[float]
@@ -54,7 +53,7 @@ class Difference:
     def between(cls, one: Curve, other: Curve) -> "Difference":
         """What is between two curves of the same model."""
         assert one.weights.keys() == other.weights.keys()
-        assert len(one.losses) == len(other.losses) == STEPS
+        assert len(one.losses) == len(other.losses) > 0
         return cls(
             _furthest(one.losses, other.losses),
             _furthest(one.norms, other.norms),
@@ -79,17 +78,18 @@ def _curves(model: Model, folder: Path, layouts: Mapping[str, Layout]) -> dict[s
     curves: dict[str, Curve | str] = {}
     for name, layout in layouts.items():
         try:
-            curves[name] = _curve(model, folder, layout)
+            bridge = AutoBridge.from_hf_pretrained(folder)
+            curves[name] = curve(bridge, run_config(bridge, model.fields, layout))
         except BridgeError as error:
             # A refusal is every rank's, before any waits for another.
             curves[name] = str(error)
     return curves
 
 
-def _curve(model: Model, folder: Path, layout: Layout) -> Curve:
-    bridge = AutoBridge.from_hf_pretrained(folder)
+def curve(bridge: AutoBridge, cfg: c.ConfigContainer) -> Curve:
+    """Train as `cfg` says."""
     weights = _Weights(bridge)
-    result = pretrain(_run(bridge, model, layout), forward_step, [weights])
+    result = pretrain(cfg, callbacks=[weights])
     return Curve(list(result.losses.values()), list(result.grad_norms.values()), weights.held)
 
 
@@ -104,9 +104,10 @@ class _Weights(Callback):
         self.held = {name: value.clone() for name, value in self._bridge.export_hf_weights(run.model)}
 
 
-def _run(bridge: AutoBridge, model: Model, layout: Layout) -> c.ConfigContainer:
+def run_config(bridge: AutoBridge, fields: Mapping[str, Any], layout: Layout) -> c.ConfigContainer:
+    """`STEPS` steps of a model at a layout; `fields` are its provider's."""
     provider = bridge.to_megatron_provider()
-    for name, value in {**_NO_DROPOUT, **model.fields, **layout.fields}.items():
+    for name, value in {**_NO_DROPOUT, **fields, **layout.fields}.items():
         setattr(provider, name, value)
     provider.seq_length = SEQUENCE
     cfg = c.ConfigContainer(
@@ -135,7 +136,7 @@ def _plain(model: Model, folder: Path) -> Curve:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    cfg = _run(AutoBridge.from_hf_pretrained(folder), model, Layout())
+    cfg = run_config(AutoBridge.from_hf_pretrained(folder), model.fields, Layout())
     with distributed(cfg):
         cfg.model.initialize_model_parallel(0)
         data = batches_per_chunk(cfg, build_datasets(cfg)[0], 1, cfg.train.global_batch_size)[0]

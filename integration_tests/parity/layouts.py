@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.bridge.testing.layouts import ALL_LAYOUTS, CONTEXT_LAYOUTS, EP, SP, TP, ranks_of
+from megatron.bridge.testing.layouts import ALL_LAYOUTS, CONTEXT_LAYOUTS, CP, EP, SP, TP, ranks_of
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = DISTRIBUTED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -24,7 +24,8 @@ class Layout:
         return self.replicas * ranks_of(self.fields)
 
 
-def _plain(names: tuple[str, ...]) -> dict[str, Layout]:
+def plain_layouts(names: tuple[str, ...]) -> dict[str, Layout]:
+    """Those of the test kit, with nothing added."""
     return {name: Layout({**ALL_LAYOUTS, **CONTEXT_LAYOUTS}[name]) for name in names}
 
 
@@ -32,7 +33,7 @@ ONE = "single"
 SEQUENCE = {TP: 2, SP: True}
 # Name -> layout, for every model.
 DENSE: dict[str, Layout] = {
-    **_plain((ONE, "tp2", "sp2", "pp2", "vpp2", "tp2pp2", "cp2", "tp2cp2sp")),
+    **plain_layouts((ONE, "tp2", "sp2", "pp2", "vpp2", "tp2pp2", "cp2", "tp2cp2sp")),
     "single, distributed optimizer": Layout(settings=DISTRIBUTED),
     "single, per-token loss": Layout({"calculate_per_token_loss": True}),
     "dp2": Layout(replicas=2),
@@ -48,7 +49,7 @@ DENSE: dict[str, Layout] = {
 # And for mixtures of experts besides. With tensor parallelism these train with sequence parallelism only.
 EXPERTS: dict[str, Layout] = {
     **{name: each for name, each in DENSE.items() if TP not in each.fields or SP in each.fields},
-    **_plain(("ep2", "pp2ep2", "tp2ep2sp")),
+    **plain_layouts(("ep2", "pp2ep2", "tp2ep2sp")),
     "ep2, distributed optimizer": Layout({EP: 2}, DISTRIBUTED),
     "ep2, per-token loss": Layout({EP: 2, "calculate_per_token_loss": True}),
     "sp2ep2, experts divided": Layout({**SEQUENCE, EP: 2}),
@@ -57,6 +58,11 @@ EXPERTS: dict[str, Layout] = {
 # The balance between experts is a micro-batch's, so another micro-batch is another loss.
 BALANCED = {name: each for name, each in EXPERTS.items() if "micro_batch_size" not in each.settings}
 FEW = {name: EXPERTS[name] for name in (ONE, "ep2", "tp2ep2sp")}
+# Multi-latent attention is not divided along sequences.
+LATENT = {
+    name: each for name, each in EXPERTS.items() if CP not in each.fields and "micro_batch_size" not in each.settings
+}
+LATENT_FEW = {name: LATENT[name] for name in (ONE, "sp2", "pp2", "ep2")}
 # What every run of the tests trains; `just parity` trains all.
 DENSE_OFTEN = (
     ONE,

@@ -5,10 +5,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoo.exhibits import FAMILY_TESTS, module_at
+
 from megatron.bridge.testing import save_random_model
-from parity.layouts import BALANCED, DENSE, DENSE_OFTEN, EXPERTS_OFTEN, FEW, FEW_OFTEN, Layout
+from parity.layouts import (
+    BALANCED,
+    DENSE,
+    DENSE_OFTEN,
+    EXPERTS_OFTEN,
+    FEW,
+    FEW_OFTEN,
+    LATENT,
+    LATENT_FEW,
+    Layout,
+)
 
 SEQUENCE = 16
+_PREDICTIONS = FAMILY_TESTS / "test_prediction_layers.py"
 _SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -28,6 +41,23 @@ _EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "mlp_only_layers": [0],
 }
+# 3 of 4 layers with experts; no bias in transformers' attention, and keys of as many heads as queries.
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +66,7 @@ class Model:
 
     Attributes:
         layouts: at which it trains.
-        often: the names of those that every run of the tests trains.
+        often: the names of those that every run of the tests trains; of a model without any, `kinds` takes a step.
         config: transformers' class of the configuration, by name.
         values: of the configuration, besides the sizes that all have.
         fields: of the provider.
@@ -51,10 +81,13 @@ class Model:
     plain: bool = True
 
     def save(self, folder: Path) -> None:
-        """Random weights in a Hugging Face folder."""
+        """Random weights in a Hugging Face folder, with those of prediction layers, which transformers leaves out."""
         import transformers
 
-        save_random_model(getattr(transformers, self.config)(**_SIZES, **self.values), folder)
+        config = getattr(transformers, self.config)(**{**_SIZES, **self.values})
+        predicts = getattr(config, "num_nextn_predict_layers", 0)
+        save = module_at(_PREDICTIONS).save_with_predictions if predicts else save_random_model
+        save(config, folder)
 
 
 _NO_BALANCE = {"moe_router_load_balancing_type": "none"}
@@ -64,4 +97,14 @@ MODELS: dict[str, Model] = {
     "Llama": Model(DENSE, DENSE_OFTEN, "LlamaConfig", {"tie_word_embeddings": True}),
     "Qwen3-MoE": Model(FEW, FEW_OFTEN, "Qwen3MoeConfig", _EXPERTS, _NO_BALANCE),
     "Qwen3-MoE-balanced": Model(BALANCED, EXPERTS_OFTEN, "Qwen3MoeConfig", _EXPERTS, _BALANCE, plain=False),
+    # transformers leaves the routers' biases as they are.
+    "DeepSeek-V3": Model(LATENT_FEW, (), "DeepseekV3Config", _LATENT, {"moe_router_bias_update_rate": 0.0}),
+    "DeepSeek-V3-MTP": Model(
+        LATENT,
+        (),
+        "DeepseekV3Config",
+        {**_LATENT, "num_nextn_predict_layers": 1},
+        {"moe_router_bias_update_rate": 1e-2},
+        plain=False,
+    ),
 }

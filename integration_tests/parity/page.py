@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping
 
 from parity.curves import STEPS, Difference
+from parity.kinds import KINDS, LAYOUTS, OFTEN
 from parity.layouts import DENSE, EXPERTS, ONE
 from parity.models import MODELS
 
 PLAIN = "transformers"
+# By model, by layout.
 type Results = Mapping[str, Mapping[str, Difference | str]]
+type Steps = Mapping[str, Mapping[str, Difference]]
 
 _HEAD = f"""\
 # Training parity
@@ -19,16 +22,34 @@ plain loop with `torch.optim.AdamW`. Every run of the tests measures those marke
 
 `sp2` is TP2 with sequence parallelism; the other names are those of [the record](capabilities.md), `cp2` is
 `context_parallel_size=2`, `dp2` two replicas. Mixtures of experts train under tensor parallelism with sequence
-parallelism only (Megatron-Core's rule), and a balancing loss is a micro-batch's own, hence the empty cells.
+parallelism only (Megatron-Core's rule), a balancing loss is a micro-batch's own, and multi-latent attention is not
+divided along sequences, hence the empty cells. DeepSeek-V3-MTP has a prediction layer, and its routers' biases move
+after each step; transformers has neither.
+"""
+_KINDS = """
+## Models of every kind
+
+One step of the models that the family tests make, with an update that is nearly the gradient itself: losses / gradient
+norms / weights are those of one rank, and so are the gradients. Encoder-decoder models (T5) and heads of other outputs
+than tokens have no forward step here, and training them is refused until they are given one; images take one, too.
 """
 
 
-def page(results: Results, versions: str) -> str:
-    """The page's text: a line for every layout, a column for every model."""
-    return "\n".join(_lines(results, versions)) + "\n"
+def page(results: Results, steps: Steps, versions: str) -> str:
+    """The page's text: a line for every layout and a column for every model; then a line for every kind of model."""
+    return "\n".join((*_lines(results), _KINDS, *_lines_of_kinds(steps), f"\nMeasured with {versions}.")) + "\n"
 
 
-def _lines(results: Results, versions: str) -> Iterator[str]:
+def _lines_of_kinds(steps: Steps) -> Iterator[str]:
+    layouts = [layout for layout in LAYOUTS if layout != ONE]
+    yield f"| model of the tests | with | {' | '.join(layouts)} |"
+    yield "|---" * (len(layouts) + 2) + "|"
+    for name, found in steps.items():
+        mark = " *" if name in OFTEN else ""
+        yield f"| {name} | {KINDS[name]} | {' | '.join(_cell(found[layout]) + mark for layout in layouts)} |"
+
+
+def _lines(results: Results) -> Iterator[str]:
     yield _HEAD
     names = [name for name in MODELS if name in results]
     yield f"| layout | {' | '.join(names)} |"
@@ -40,12 +61,11 @@ def _lines(results: Results, versions: str) -> Iterator[str]:
     if refused:
         yield "\nRefused:\n"
         yield from (f"- {name}, {layout}: {' '.join(why.split())}" for (name, layout), why in refused.items())
-    yield f"\nMeasured with {versions}."
 
 
 def _mark(name: str, layout: str) -> str:
     model = MODELS[name]
-    often = model.plain if layout == PLAIN else layout in model.often
+    often = model.plain and model.often if layout == PLAIN else layout in model.often
     return " *" if often else ""
 
 

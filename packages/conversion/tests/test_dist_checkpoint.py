@@ -14,8 +14,9 @@ from megatron.core.dist_checkpointing.serialization import load as core_load
 from megatron.core.dist_checkpointing.serialization import save as core_save
 
 from megatron.bridge.cli.root import run
-from megatron.bridge.conversion import dist_checkpoint
+from megatron.bridge.conversion import checkpoint_save, dist_checkpoint
 from megatron.bridge.conversion.checkpoint_layout import LATEST_POINTER, CheckpointError
+from megatron.bridge.conversion.integrity import recorded_digests, wrong_files
 from megatron.bridge.testing import run_ranks
 
 
@@ -207,6 +208,37 @@ class _Unpicklable:
         if dist.get_rank() == 1:
             raise ValueError("the pickle of rank 1")
         return (str, ("fine",))
+
+
+def test_prepared_files_are_moved_in_at_the_end_or_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, written = tmp_path / ".prepared", checkpoint_save.write_manifest
+    (prepared / "hf").mkdir(parents=True)
+    for name in ("one", "two", "three"):
+        (prepared / "hf" / name).write_text(name)
+
+    def once(folder: Path, digests: Any) -> None:
+        monkeypatch.setattr(checkpoint_save, "write_manifest", written)
+        raise OSError("no space left for the manifest")
+
+    def work() -> tuple[str, list[str]]:
+        monkeypatch.setattr(checkpoint_save, "write_manifest", once)
+        saving = dist_checkpoint.start_save(tmp_path, 3, _state(), prepared=prepared)
+        saving.write()
+        failure = _failure(saving.finish)
+        left = sorted(each.name for each in (prepared / "hf").iterdir())
+        dist.barrier()
+        saving.write()
+        saving.finish()
+        return failure, left
+
+    for failure, left in run_ranks(2, work, timeout=60):
+        assert "no space left for the manifest" in failure
+        assert left == ["one", "three", "two"]
+    folder = tmp_path / "iter_0000003"
+    assert (folder / "hf/two").read_text() == "two"
+    assert {"hf/one", "hf/two", "hf/three"} <= recorded_digests(folder).keys()
+    assert not wrong_files(folder)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000003", LATEST_POINTER]
 
 
 def test_leftovers_of_a_killed_save_are_replaced(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
-"""DPO beside a plain torch loop around transformers: losses step by step, at several layouts, and across a resume."""
+"""DPO beside a plain torch loop around transformers (and peft): losses and rewards step by step, at several layouts.
+
+The reference model is a copy there, or the model without its adapter; here it is never held.
+"""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,12 @@ import torch
 from megatron.bridge.data import PreferenceDatasetConfig
 from megatron.bridge.data.tokenizers import train_bpe_tokenizer
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.peft import CanonicalLoRA
 from megatron.bridge.testing import run_ranks, save_random_model
 from megatron.bridge.training import config as c
 from megatron.bridge.training import dpo as dpo_module
-from megatron.bridge.training.dpo import dpo
+from megatron.bridge.training import dpo_command
+from megatron.bridge.training.dpo import REWARDS, dpo
 
 STEPS, BATCH, BETA, RATE = 4, 6, 0.5, 1e-2
 ROWS = [{"prompt": f"{at}? ", "chosen": "yes" * (1 + at % 3), "rejected": "no" * (1 + at % 4)} for at in range(BATCH)]
@@ -32,6 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [*ROWS[1:], {"prompt": [{"role": "user", "content": "0? "}], "chosen": lists[:1], "rejected": lists[1:]}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def method() -> CanonicalLoRA:
+    return CanonicalLoRA(dim=4, alpha=32, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
 
 
 def configured(folder: Path, **model: Any) -> c.ConfigContainer:
@@ -54,13 +64,19 @@ def configured(folder: Path, **model: Any) -> c.ConfigContainer:
     )
 
 
-def in_torch(folder: Path) -> list[float]:
-    """The same training in plain torch, a frozen second model as the reference."""
+def in_torch(folder: Path, adapter: Path | None = None) -> list[dict[str, float]]:
+    """The same in plain torch, a frozen second model as the reference; or an adapter of peft, and none as it."""
+    import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     model, frozen = (AutoModelForCausalLM.from_pretrained(folder / "hf") for _ in range(2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    beneath: Any = nullcontext
+    if adapter is not None:
+        model = frozen = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        beneath = model.disable_adapter
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
     def log_probability(network: Any, prompt: str, answer: str) -> torch.Tensor:
         before, after = (tokenizer(text)["input_ids"] for text in (prompt, answer))
@@ -68,20 +84,23 @@ def in_torch(folder: Path) -> list[float]:
         scores = network(ids).logits[0, :-1].log_softmax(-1)
         return scores.gather(1, ids[0, 1:, None])[len(before) - 1 :].sum()
 
-    losses = []
+    told = []
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss: Any = 0.0
+        found: list[tuple[float, ...]] = []
         for row in ROWS:
             better, worse = (log_probability(model, row["prompt"], row[name]) for name in ("chosen", "rejected"))
-            with torch.no_grad():
+            with torch.no_grad(), beneath():
                 reference = [log_probability(frozen, row["prompt"], row[name]) for name in ("chosen", "rejected")]
-            margin = (better - reference[0]) - (worse - reference[1])
-            loss = loss - torch.nn.functional.logsigmoid(BETA * margin) / len(ROWS)
+            chosen, rejected = BETA * (better - reference[0]), BETA * (worse - reference[1])
+            loss = loss - torch.nn.functional.logsigmoid(chosen - rejected) / len(ROWS)
+            found.append((chosen.item(), rejected.item(), (chosen - rejected).item(), float(chosen > rejected)))
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        means = [sum(each) / len(ROWS) for each in zip(*found, strict=True)]
+        told.append({"loss": loss.item()} | dict(zip(REWARDS, means, strict=True)))
+    return told
 
 
 LAYOUTS = {
@@ -91,41 +110,100 @@ LAYOUTS = {
 }
 
 
+ADAPTED = {"LoRA": {}, "LoRA, TP2 + SP": LAYOUTS["TP2 + SP"]}
+
+
+def told(folder: Path, name: str, cfg: c.ConfigContainer) -> list[dict[str, float]]:
+    """What a run logs of its steps, by rank 0."""
+    cfg.logger.folder = str(folder / "logs" / name)
+    dpo(cfg, beta=BETA)
+    lines = map(json.loads, (folder / "logs" / name / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def adapted(folder: Path, name: str) -> c.ConfigContainer:
+    cfg = configured(folder, **ADAPTED[name])
+    cfg.peft = method()
+    return cfg
+
+
 @pytest.fixture(scope="module")
-def losses(folder: Path) -> dict[str, list[float]]:
-    def alone() -> dict[str, list[float]]:
-        found = {"one rank": list(dpo(configured(folder), beta=BETA).losses.values())}
-        halves: list[float] = []
+def runs(folder: Path) -> dict[str, list[dict[str, float]]]:
+    def alone() -> dict[str, Any]:
+        from megatron.bridge import AutoBridge
+
+        found: dict[str, Any] = {"one rank": told(folder, "one rank", configured(folder))}
+        found["LoRA"] = told(folder, "LoRA", adapted(folder, "LoRA"))
+        found["resumed"] = []
         for until in (2, STEPS):
             cfg = configured(folder)
             cfg.train.train_iters, cfg.checkpoint.save = until, str(folder / "halves")
             cfg.checkpoint.load = None if until == 2 else str(folder / "halves")
-            halves += dpo(cfg, beta=BETA).losses.values()
+            found["resumed"] += told(folder, f"until {until}", cfg)
         # An evaluation of a split that does not fill a batch.
         cfg = configured(folder)
         cfg.dataset.split = "50,50"
         cfg.train.eval_interval, cfg.train.eval_iters, cfg.train.train_iters = 1, 1, 1
-        evaluated = dpo(cfg, beta=BETA)
-        return found | {"resumed": halves, "evaluated": [evaluated.valid_loss or 0.0]}
+        cfg.logger.folder = str(folder / "logs/evaluated")
+        dpo(cfg, beta=BETA)
+        # What the adapter of a run begins with, for peft.
+        bridge = AutoBridge.from_hf_pretrained(folder / "hf")
+        bridge.save_hf_adapter(method()(bridge.to_megatron_model()), folder / "adapter")
+        return found
 
-    def together() -> dict[str, list[float]]:
-        return {
-            name: list(dpo(configured(folder, **model), beta=BETA).losses.values()) for name, model in LAYOUTS.items()
-        }
+    def together() -> dict[str, Any]:
+        found = {name: told(folder, name, configured(folder, **model)) for name, model in LAYOUTS.items()}
+        return found | {"LoRA, TP2 + SP": told(folder, "LoRA, TP2 + SP", adapted(folder, "LoRA, TP2 + SP"))}
 
-    return run_ranks(1, alone, timeout=150)[0] | run_ranks(2, together, timeout=150)[1]
-
-
-@pytest.mark.parametrize("name", ["one rank", *LAYOUTS, "resumed"])
-def test_losses_are_those_of_a_plain_loop(losses: dict[str, list[float]], folder: Path, name: str) -> None:
-    expected = in_torch(folder)
-    assert expected[0] == pytest.approx(0.6931472, abs=1e-6)  # before the first step: log 2
-    assert expected[-1] < 0.5 * expected[0]
-    assert losses[name] == pytest.approx(expected, abs=1e-5)
+    return run_ranks(1, alone, timeout=150)[0] | run_ranks(2, together, timeout=150)[0]
 
 
-def test_an_evaluation_counts_real_pairs_only(losses: dict[str, list[float]]) -> None:
-    assert 0.0 < losses["evaluated"][0] < 0.70
+@pytest.mark.parametrize("name", ["one rank", *LAYOUTS, "resumed", *ADAPTED])
+def test_losses_and_rewards_are_those_of_a_plain_loop(runs: dict[str, Any], folder: Path, name: str) -> None:
+    expected = in_torch(folder, folder / "adapter" if name in ADAPTED else None)
+    assert expected[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)  # before the first step: log 2
+    assert expected[-1]["loss"] < 0.9 * expected[0]["loss"]
+    assert expected[-1]["reward_accuracy"] > 0.5
+    assert len(runs[name]) == STEPS
+    for ours, theirs in zip(runs[name], expected, strict=True):
+        assert {key: ours[key] for key in theirs} == pytest.approx(theirs, abs=1e-5)
+
+
+def test_an_evaluation_counts_real_pairs_only(runs: dict[str, Any], folder: Path) -> None:
+    lines = map(json.loads, (folder / "logs/evaluated/metrics.jsonl").read_text().splitlines())
+    (valid,) = (line for line in lines if "valid_loss" in line)
+    assert 0.0 < valid["valid_loss"] < 0.70
+    assert valid["valid_reward_accuracy"] * 3 == pytest.approx(round(valid["valid_reward_accuracy"] * 3))
+    difference = valid["valid_chosen_reward"] - valid["valid_rejected_reward"]
+    assert valid["valid_reward_margin"] == pytest.approx(difference, abs=1e-6)
+
+
+def test_the_command_tunes_and_says_the_same_to_its_ranks(folder: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    seen: list[Any] = []
+    words = ["--model", folder / "hf", "--data", folder / "rows.jsonl", "--template", "plain", "--beta", "0.5"]
+    words += ["--sequence-length", "48", "--run-folder", tmp_path / "run", "--export-adapter", tmp_path / "adapter"]
+    words += ["--skip-bad-rows", "1", "peft=canonical_lora", "peft.target_modules=[q_proj,v_proj]"]
+    words += [
+        "dataset.split=80,20,0",
+        "optimizer.lr=1e-2",
+        "train.train_iters=2",
+        "train.global_batch_size=2",
+        "logger.progress=false",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "megatron.bridge.training.finetune_command.start", lambda command, launching: seen.append(command)
+        )
+        assert CliRunner().invoke(dpo_command.dpo, list(map(str, words)), catch_exceptions=False).exit_code == 0
+        again = seen[0].arguments(resume=False)
+        assert CliRunner().invoke(dpo_command.dpo, list(again[1:]), catch_exceptions=False).exit_code == 0
+    assert seen[0] == seen[1]
+    assert again[0] == "dpo"
+    run_ranks(1, seen[0], timeout=120)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_what_cannot_be_preferred_is_refused(folder: Path, make_run: Any, tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     save_random_model(LlamaConfig(**sizes, **ids, max_position_embeddings=64, dtype="float32"), folder / "hf")
+    save_random_model(
+        LlamaConfig(**sizes, **ids, max_position_embeddings=64, dtype="float32"), folder / "other", seed=1
+    )
     rows = [{"prompt": f"{word} {at % 7}: ", "completion": word[::-1]} for at, word in enumerate(WORDS * 16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
@@ -41,10 +44,12 @@ def command(folder: Path, name: str, *overrides: str, **changes: Any) -> finetun
         "dataset_format": "prompt_completion",
         "template": "plain",
         "sequence_length": LENGTH,
+        "skip_bad_rows": 0,
         "epochs": 3.0,
         "patience": None,
         "samples": (),
         "export": None,
+        "export_adapter": None,
         "trust_remote_code": False,
         "config": None,
         "run_folder": str(folder / name),
@@ -53,6 +58,27 @@ def command(folder: Path, name: str, *overrides: str, **changes: Any) -> finetun
     quiet = ("logger.progress=false", "optimizer.lr=3e-2", "train.global_batch_size=4")
     quiet += (*(() if name == "planned" else ("train.eval_interval=6", "train.eval_iters=1")), *overrides)
     return finetune_command.FinetuneCommand(**(given | changes), overrides=quiet)
+
+
+def by_hand(folder: Path) -> Any:
+    """A run as a recipe describes it: a provider of its own, which knows nothing of the folder that it starts from."""
+    import dataclasses
+
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models import GPTModelProvider
+    from megatron.bridge.peft import CanonicalLoRA
+
+    cfg = finetune.finetune_config(
+        folder / "hf", [str(folder / "rows.jsonl")], dataset_format="prompt_completion", prompt_template="plain"
+    )
+    described = AutoBridge.from_hf_pretrained(folder / "hf").to_megatron_provider(load_weights=False)
+    fields = (field.name for field in dataclasses.fields(GPTModelProvider) if field.init)
+    cfg.model = GPTModelProvider(**{name: getattr(described, name) for name in fields})
+    cfg.model.seq_length = cfg.dataset.sequence_length = LENGTH
+    cfg.peft = CanonicalLoRA(dim=4, target_modules=["q_proj", "up_proj"])
+    cfg.train.train_iters, cfg.train.global_batch_size, cfg.logger.progress = 2, 4, False
+    cfg.checkpoint.pretrained_checkpoint = str(folder / "other")
+    return cfg
 
 
 def metrics(root: Path, name: str) -> dict[int, float]:
@@ -66,11 +92,16 @@ def work_alone(folder: Path) -> dict[str, Any]:
     # From the weights of its best checkpoint, at a rate that changes nothing: no loss is lower than the first.
     still = ("optimizer.lr=1e-30", "optimizer.min_lr=0", "train.eval_interval=1")
     command(folder, "still", *still, model=str(folder / "run/checkpoints/best"), patience=2)()
+    # An adapter, on the weights of a folder that the model was not made from.
+    start = ("peft=lora", "peft.lora_rank=4", f"checkpoint.pretrained_checkpoint={folder / 'other'}")
+    command(folder, "adapter", *start, export_adapter=str(folder / "for peft"))()
+    finetune.finetune(by_hand(folder), callbacks=[hf_export.ExportHF(folder / "by hand", adapter=True)])
     # Stopped after 6 of 18 steps, and gone on with.
     for until in (6, 18):
         short = (f"train.train_iters={until}", "scheduler.lr_decay_iters=18")
         command(folder, "halves", *short, resume=until > 6)()
-    return {"planned": command(folder, "planned").configured().train}
+    sampled = command(folder, "planned", "train.train_samples=30")
+    return {"planned": command(folder, "planned").configured().train, "sampled": sampled.configured().train}
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +112,12 @@ def runs(folder: Path) -> dict[str, Any]:
     return found
 
 
-def loss_in_transformers(model: str | Path, rows: Path) -> float:
+def loss_in_transformers(model: str | Path, rows: Path, network: Any = None) -> float:
     """Mean cross entropy of the completions' tokens and the end token, computed row by row."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model)
+    network = network or AutoModelForCausalLM.from_pretrained(model)
     total, count = 0.0, 0
     for line in rows.read_text().splitlines():
         row = json.loads(line)
@@ -104,6 +135,8 @@ def loss_in_transformers(model: str | Path, rows: Path) -> float:
 def test_how_long_to_train_follows_from_the_data(runs: dict[str, Any]) -> None:
     planned = runs["planned"]
     assert (planned.train_iters, planned.eval_interval, planned.eval_iters) == (18, 1, 1)
+    sampled = runs["sampled"]
+    assert (sampled.train_iters, sampled.train_samples, sampled.total_iters, sampled.eval_interval) == (None, 30, 7, 1)
 
 
 def test_losses_are_those_of_transformers(runs: dict[str, Any], folder: Path) -> None:
@@ -114,6 +147,29 @@ def test_losses_are_those_of_transformers(runs: dict[str, Any], folder: Path) ->
     assert valid[record["iteration"]] == record["loss"]
     assert loss_in_transformers(folder / "exported", folder / "valid.jsonl") == pytest.approx(record["loss"], abs=1e-5)
     assert record["loss"] < 0.5 * loss_in_transformers(folder / "hf", folder / "valid.jsonl")
+
+
+def test_the_best_adapter_is_read_back_and_given_to_peft(runs: dict[str, Any], folder: Path) -> None:
+    """Its loss in peft, around the weights that the run started from, is the one that it was kept for."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    record = json.loads((folder / "adapter/checkpoints/best/best.json").read_text())
+    told = json.loads((folder / "for peft/adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(folder / "other")
+    network = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "other"), folder / "for peft"
+    )
+    loss = loss_in_transformers(folder / "hf", folder / "valid.jsonl", network)
+    assert loss == pytest.approx(record["loss"], abs=1e-5)
+    assert record["loss"] < 0.9 * loss_in_transformers(folder / "hf", folder / "valid.jsonl", network.unload())
+
+
+def test_a_provider_by_hand_learns_its_hugging_face_names_from_what_it_starts_from(
+    runs: dict[str, Any], folder: Path
+) -> None:
+    told = json.loads((folder / "by hand/adapter_config.json").read_text())
+    assert (told["target_modules"], told["base_model_name_or_path"]) == (["q_proj", "up_proj"], str(folder / "other"))
 
 
 def test_only_the_best_is_kept_beside_the_last(runs: dict[str, Any], folder: Path) -> None:
@@ -191,5 +247,7 @@ def test_what_cannot_be_tuned_is_refused(make_run: Any, folder: Path) -> None:
         best.KeepBest().on_train_start(state)
     with pytest.raises(BridgeError, match="exists; choose another"):
         hf_export.ExportHF(folder).on_train_start(state)
+    with pytest.raises(BridgeError, match="no adapter to export: peft is not set"):
+        hf_export.ExportHF(folder / "new", adapter=True).on_train_start(state)
     with pytest.raises(BridgeError, match="came neither from AutoBridge nor"):
         hf_export.ExportHF(folder / "new").on_train_start(state)

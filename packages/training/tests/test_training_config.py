@@ -1,6 +1,7 @@
 """Configuration: what is wrong is refused by name, all of it at once, and nothing is half applied."""
 
 import copy
+import itertools
 import os
 import re
 import signal
@@ -15,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron.bridge import platform
+from megatron.bridge.models import GPTModelProvider
 from megatron.bridge.training.cli import train
 from megatron.bridge.training.config_origins import values_of
 from megatron.bridge.training.field_types import parse_yaml
@@ -22,6 +25,7 @@ from megatron.bridge.training.overrides import apply_overrides, apply_yaml
 from megatron.bridge.training.recipe_registry import RECIPES
 from megatron.bridge.training.run_config import to_yaml
 from megatron.bridge.training.scheduler import build_scheduler
+from megatron.bridge.training.setup import setup
 from megatron.bridge.training.validation import ConfigError
 
 
@@ -294,23 +298,87 @@ def test_every_value_of_another_type_is_refused_by_name(make_run: Callable[..., 
     assert tried > 200
 
 
-@pytest.mark.parametrize("size", range(2, 9))
-@pytest.mark.parametrize(
-    ("field", "fits"),
-    [
-        ("tensor_model_parallel_size", {2, 4}),
-        ("pipeline_model_parallel_size", {2, 4}),
-        ("context_parallel_size", {2, 4, 8}),
-        ("expert_model_parallel_size", set()),
-        ("virtual_pipeline_model_parallel_size", set()),
-    ],
-)
-def test_every_size_that_does_not_divide_is_refused_by_name(
-    field: str, fits: set[int], size: int, make_run: Callable[..., Any]
+# What is divided -> (by what, how: (size, parts) -> the model's fields, the settings and the ranks).
+type Misfit = tuple[dict[str, Any], dict[str, Any], int]
+EXPERTS = {"moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none"}
+
+
+def _heads(count: int) -> dict[str, int]:
+    return {"num_attention_heads": count, "num_query_groups": count, "hidden_size": 8 * count}
+
+
+def _tensor(parts: int) -> dict[str, int]:
+    return {"tensor_model_parallel_size": parts, "ffn_hidden_size": 8 * parts}
+
+
+DIVIDED: dict[tuple[str, str], Callable[[int, int], Misfit]] = {
+    ("num_attention_heads", "tensor_model_parallel_size"): lambda size, parts: (
+        _heads(size) | _tensor(parts), {}, parts,
+    ),
+    ("num_query_groups", "tensor_model_parallel_size"): lambda size, parts: (
+        _heads(size * parts) | _tensor(parts) | {"num_query_groups": size}, {}, parts,
+    ),
+    ("ffn_hidden_size", "tensor_model_parallel_size"): lambda size, parts: (
+        _heads(parts) | _tensor(parts) | {"ffn_hidden_size": size}, {}, parts,
+    ),
+    ("seq_length", "tensor_model_parallel_size"): lambda size, parts: (
+        _heads(parts) | _tensor(parts) | {"sequence_parallel": True, "seq_length": size},
+        {"sequence_length": size}, parts,
+    ),
+    ("seq_length", "context_parallel_size"): lambda size, parts: (
+        {"context_parallel_size": parts, "seq_length": size}, {"sequence_length": size}, parts,
+    ),
+    ("num_layers", "pipeline_model_parallel_size"): lambda size, parts: (
+        {"pipeline_model_parallel_size": parts, "num_layers": size}, {}, parts,
+    ),
+    ("num_layers", "virtual_pipeline_model_parallel_size"): lambda size, parts: (
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": parts, "num_layers": size}, {}, 2,
+    ),
+    ("num_moe_experts", "expert_model_parallel_size"): lambda size, parts: (
+        {"num_moe_experts": size, "expert_model_parallel_size": parts, **EXPERTS}, {}, parts,
+    ),
+    ("moe_ffn_hidden_size", "expert_tensor_parallel_size"): lambda size, parts: (
+        {"num_moe_experts": 8, "expert_tensor_parallel_size": parts, "moe_ffn_hidden_size": size, **EXPERTS}, {}, parts,
+    ),
+    ("train.global_batch_size", "data-parallel ranks"): lambda size, parts: ({}, {"global_batch_size": size}, parts),
+    ("train.global_batch_size", "train.micro_batch_size"): lambda size, parts: (
+        {}, {"global_batch_size": size, "micro_batch_size": parts}, 1,
+    ),
+    ("ranks", "tensor_model_parallel_size"): lambda size, parts: (
+        _heads(parts) | _tensor(parts), {}, size,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(GPTModelProvider, "provide", build)
+    monkeypatch.setattr(GPTModelProvider, "initialize_model_parallel", build)
+
+
+def test_every_size_that_is_not_divided_is_refused_by_name(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, nothing_is_built: None
 ) -> None:
-    cfg = make_run({field: size}, global_batch_size=840)
-    if size in fits:
-        cfg.validate(size)
-        return
-    with pytest.raises(ConfigError, match=field):
-        cfg.validate(size)
+    tried = 0
+    for (divided, by), misfit in DIVIDED.items():
+        for size, parts in itertools.product((12, 20, 28, 36, 44, 45, 49), range(2, 9)):
+            if size % parts == 0:
+                continue
+            model, settings, ranks = misfit(size, parts)
+            monkeypatch.setattr(platform, "world_size", lambda ranks=ranks: ranks)
+            with pytest.raises(ConfigError) as caught:
+                setup(make_run(model, **({"global_batch_size": 840} | settings)))
+            assert divided in str(caught.value), (divided, by, size, parts, str(caught.value))
+            assert by in str(caught.value), (divided, by, size, parts, str(caught.value))
+            tried += 1
+    assert tried >= 300
+
+
+def test_sizes_that_are_divided_are_taken(make_run: Callable[..., Any]) -> None:
+    for parts in (2, 4, 5):
+        for misfit in DIVIDED.values():
+            model, settings, ranks = misfit(40, parts)
+            make_run(model, **({"global_batch_size": 840} | settings)).validate(ranks)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron.bridge.data import TextDatasetConfig
 from megatron.bridge.data.tokenizers import train_bpe_tokenizer
 from megatron.bridge.testing import run_ranks
 from megatron.bridge.training.callbacks import Callback
+from megatron.bridge.training.data import batches_per_chunk
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.overrides import apply_overrides, apply_yaml
 from megatron.bridge.training.pretrain import pretrain
@@ -119,3 +121,17 @@ def test_a_choice_that_is_none_leaves_everything_as_it_was(make_run: Callable[..
     with pytest.raises(ConfigError, match="no field 'jsn_key'; did you mean 'json_key'"):
         apply_overrides(cfg, ["dataset=text", "dataset.jsn_key=body"])
     assert cfg.dataset is before
+
+
+def test_every_stage_of_a_model_that_sees_images_is_given_the_tokens(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middle = {"is_pipeline_first_stage": False, "is_pipeline_last_stage": False}
+    for name, value in {**middle, "get_data_parallel_rank": 0, "get_data_parallel_world_size": 1}.items():
+        monkeypatch.setattr(parallel_state, name, lambda value=value: value)
+    cfg, samples = make_run(), [{"tokens": torch.arange(16)}] * 8
+    assert batches_per_chunk(cfg, samples, 1, 8) == [None]
+    cfg.model.vision = "a tower"
+    [batches] = batches_per_chunk(cfg, samples, 1, 8)
+    assert batches is not None
+    assert next(batches)["tokens"].shape == (1, 16)

@@ -185,6 +185,7 @@ def test_the_section_by_name_in_yaml_and_back(make_run: MakeRun, tmp_path: Path)
     ("overrides", "message"),
     [
         (["peft=lorra"], "peft: no PEFT method is called 'lorra'.*did you mean 'lora'"),
+        (["peft=qlora"], "no PEFT method is called 'qlora': bitsandbytes and torchao.*use lora, with model.bf16=true"),
         (["peft=lora", "peft.dimm=3"], "unknown key 'peft.dimm'.*did you mean 'dim'"),
         (["peft=lora", "peft.dim=many"], "peft.dim: expected int"),
         (["peft.dim=3"], "peft is None, which has no fields"),

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron.bridge import platform
 from megatron.bridge.models.mla_provider import MLAModelProvider
 from megatron.bridge.testing import run_ranks
 from megatron.bridge.training.flops import forward_flops_per_token, step_flops
@@ -113,13 +114,39 @@ def test_time_counts_for_the_innermost_phase() -> None:
         assert list(phases.waiting(slow())) == [1]
         time.sleep(0.02)
     whole = time.perf_counter() - begin
-    seconds, steps = phases.taken()
+    step, seconds = phases.taken()
     by_phase = dict(zip(PHASES, seconds, strict=True))
-    assert steps == 1
     assert by_phase["data_wait"] >= 0.03
     assert 0.02 <= by_phase["forward_backward"] <= whole - 0.03
-    assert sum(seconds) == pytest.approx(whole, abs=0.005)
-    assert phases.taken() == ([0.0] * len(PHASES), 0)
+    assert sum(seconds) == pytest.approx(step, abs=0.005)
+    assert step == pytest.approx(whole, abs=0.005)
+    assert phases.taken() == (0.0, [0.0] * len(PHASES))
+
+
+def test_phases_are_means_over_the_steps_in_which_they_were_told_apart() -> None:
+    phases = Phases()
+    for told_apart, seconds in ((False, 0.06), (True, 0.02)):
+        phases.told_apart = told_apart
+        with phases.step(), phases("optimizer"):
+            time.sleep(seconds)
+    step, by_phase = phases.taken()
+    assert 0.04 <= step < 0.06
+    assert 0.02 <= by_phase[PHASES.index("optimizer")] < 0.04
+
+
+def test_the_device_is_waited_for_in_logged_steps_only(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waited(**settings: Any) -> int:
+        calls: list[None] = []
+        monkeypatch.setattr(platform, "synchronize", lambda: calls.append(None))
+        pretrain(make_run({}, train_iters=5, global_batch_size=1, **settings), forward_step)
+        return len(calls)
+
+    # The last step is always logged.
+    assert run_ranks(1, waited, timeout=60) == [5]
+    assert run_ranks(1, lambda: waited(log_interval=2), timeout=60) == [3]
+    assert run_ranks(1, lambda: waited(log_interval=2, straggler_factor=2.0), timeout=60) == [5]
 
 
 def test_a_run_says_how_fast_it_is_and_who_holds_it_up(
@@ -138,7 +165,7 @@ def test_a_run_says_how_fast_it_is_and_who_holds_it_up(
     record = records[-1]
     assert record["forward_backward_seconds"] >= 0.4
     assert record["gradient_sync_seconds"] >= 0.2  # rank 0 waits for rank 1
-    assert record["step_seconds"] <= 1.1 * sum(record[f"{phase}_seconds"] for phase in PHASES)
+    assert record["step_seconds"] <= 1.1 * sum(record[f"{phase}_seconds"] for phase in PHASES)  # all told apart
     tflops = step_flops(cfg.model, 2) / record["step_seconds"] / 2 / 1e12
     assert record["tflops_per_device"] == pytest.approx(tflops)
     assert record["mfu"] == pytest.approx(tflops / 1e-3)

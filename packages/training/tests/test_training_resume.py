@@ -13,7 +13,7 @@ from megatron.bridge.conversion import dist_checkpoint
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.testing import RankFailed, run_ranks
 from megatron.bridge.training.callbacks import Callback
-from megatron.bridge.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron.bridge.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.overrides import apply_yaml
 from megatron.bridge.training.pretrain import pretrain
@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "DP2, distributed optimizer, bf16": (2, {"bf16": True, "params_dtype": torch.bfloat16}, DISTRIBUTED),
     "TP2 with dropout": (2, {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}, {}),
     "PP2 x VPP2": (2, VPP, {}),
+    "DP2 with dropout of each replica's own": (2, {"hidden_dropout": 0.1}, {"data_parallel_random_init": True}),
 }
 
 
@@ -62,6 +63,17 @@ def test_ten_steps_are_five_and_five(name: str, make_run: Callable[..., Any], tm
         return [key for key in one if not torch.equal(one[key], other[key])]
 
     assert run_ranks(1, differing, timeout=60) == [[]]
+
+
+def test_replicas_may_draw_random_numbers_of_their_own(make_run: Callable[..., Any]) -> None:
+    def work() -> list[dict[int, float]]:
+        dropout, own = {"hidden_dropout": 0.1}, {"data_parallel_random_init": True}
+        runs: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}), ({}, own), (dropout, {}), (dropout, own)]
+        return [pretrain(make_run(model, train_iters=2, **settings), forward_step).losses for model, settings in runs]
+
+    plain, from_the_same_weights, alike, each_its_own = run_ranks(2, work, timeout=120)[0]
+    assert plain == from_the_same_weights
+    assert alike[1] != each_its_own[1]
 
 
 def test_a_run_goes_on_at_another_layout(make_run: Callable[..., Any], tmp_path: Path) -> None:
@@ -150,9 +162,13 @@ def test_a_run_never_writes_into_another_runs_folder(make_run: Callable[..., Any
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_run: Callable[..., Any], initial_weights: Path) -> None:
-    cfg = make_run({"ffn_hidden_size": 32}, pretrained_checkpoint=str(initial_weights))
+    def work() -> None:
+        cfg = make_run({"ffn_hidden_size": 32})
+        with distributed(cfg):
+            load_weights(setup(cfg).model, None, initial_weights)
+
     with pytest.raises(RankFailed, match=r"does not fit this model.*linear_fc1\.weight is \[4, 128, 32\]"):
-        run_ranks(1, pretrain, cfg, forward_step, timeout=60)
+        run_ranks(1, work, timeout=60)
 
 
 def test_a_missing_checkpoint_is_refused_before_anything_is_built(make_run: Callable[..., Any], tmp_path: Path) -> None:

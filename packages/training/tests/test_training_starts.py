@@ -122,8 +122,25 @@ def test_a_run_starts_from_a_megatron_lm_checkpoint(
 def test_a_hugging_face_model_of_other_sizes_is_refused(make_run: Callable[..., Any], tmp_path: Path) -> None:
     other = LlamaConfig(**(CONFIG.to_dict() | {"intermediate_size": 96}))
     save_random_model(other, tmp_path)
-    with pytest.raises(RankFailed, match=r"mlp\.gate_proj\.weight|linear_fc1\.weight"):
+    told = r"pretrained_checkpoint: .* is of another model: ffn_hidden_size is 64 in cfg.model and 96 there; make"
+    with pytest.raises(RankFailed, match=told):
         run_ranks(2, _started_from, tmp_path, make_run)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_configuration(
+    make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run_ranks(1, lambda: pretrain(make_run(train_iters=1, save=str(tmp_path)), forward_step).loss, timeout=60)
+    # The weights of this one have the very same shapes.
+    other = {"num_attention_heads": 2, "num_query_groups": 1}
+    told = "is of another model: " + ", ".join(
+        f"{name} is {here} in cfg.model and {there} there"
+        for name, here, there in (("kv_channels", 16, 8), ("num_attention_heads", 2, 4), ("num_query_groups", 1, 2))
+    )
+    for setting in ("load", "pretrained_checkpoint"):
+        make_run(**{setting: str(tmp_path)}).validate(1)
+        with pytest.raises(BridgeError, match=f"checkpoint.{setting}: .*iter_0000001 {told}"):
+            make_run(other, **{setting: str(tmp_path)}).validate(1)
 
 
 def test_a_run_resumes_from_a_chosen_iteration(make_run: Callable[..., Any], tmp_path: Path) -> None:

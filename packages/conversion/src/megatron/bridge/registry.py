@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -146,11 +147,19 @@ class Registry[T]:
         group: entry-point group, e.g. `megatron.bridge.peft`.
         kind: a class that every value must be an instance or a subclass of, or a predicate on the value.
         what: the noun used in messages, e.g. `"PEFT method"`.
+        absent: names that people look for and nobody here can offer -> why, and what to do instead.
     """
 
-    def __init__(self, group: str, kind: type | Callable[[object], bool], what: str) -> None:
+    def __init__(
+        self,
+        group: str,
+        kind: type | Callable[[object], bool],
+        what: str,
+        absent: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.group = group
         self.what = what
+        self._absent = absent
         self._kind = kind
         self._registered: dict[str, T] = {}
         self._loaded: dict[str, T] = {}
@@ -221,6 +230,8 @@ class Registry[T]:
         return offers[0]
 
     def _unknown(self, name: str) -> str:
+        if name in self._absent:
+            return f"no {self.what} is called {name!r}: {self._absent[name]}"
         known = list(self)
         provider = GROUPS.get(self.group)
         absent = provider is not None and provider not in {offer.distribution for offer in self.offers()}

@@ -1,1 +1,1 @@
-"""Recipes: functions that return a ready ConfigContainer."""
+"""Recipes: functions that return a ready ConfigContainer. One module per family; torch is loaded when one is built."""

@@ -72,6 +72,31 @@ def write_side_files(folder: Path, side_files: SideFiles) -> None:
             target.write_text(content)
 
 
+class Prepared:
+    """Files that were written for a checkpoint, on its file system: moved into it, or back where they were.
+
+    Args:
+        folder: that holds nothing else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries = sorted(each.name for each in folder.iterdir())
+
+    def move_into(self, checkpoint: Path) -> None:
+        """Move all of them into a checkpoint."""
+        self._move(self.folder, checkpoint)
+
+    def take_back(self, checkpoint: Path) -> None:
+        """Move out of a checkpoint what was moved into it."""
+        self._move(checkpoint, self.folder)
+
+    def _move(self, origin: Path, target: Path) -> None:
+        for name in self._entries:
+            if (origin / name).exists():
+                (origin / name).rename(target / name)
+
+
 def write_format(folder: Path) -> None:
     """Say which format the folder has, as Megatron-Core does at the end of a save."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.bridge.conversion.checkpoint_files import (
+    Prepared,
     SideFiles,
     check_files,
     listed,
@@ -49,6 +50,8 @@ class CheckpointSave:
         content_metadata: see `dist_checkpoint.save`.
         overwrite: replace a folder that is there.
         background: write in a thread.
+        prepared: a folder on the target's file system with files that were written for this checkpoint. They are moved
+            into it in the end, and the folder is removed; after a failure they are where they were.
 
     Raises:
         CheckpointError: the ranks' shards do not fit together, or something cannot be pickled.
@@ -64,9 +67,11 @@ class CheckpointSave:
         *,
         overwrite: bool,
         background: bool,
+        prepared: Path | None = None,
     ) -> None:
         self._target, self._iteration, self._overwrite = target, iteration, overwrite
         self._partial = target.with_name(f".{target.name}.partial")
+        self._prepared = None if prepared is None else Prepared(prepared)
         self._side_files, self._background = side_files, background
         described = expanded(state)
         check_sharding(described)
@@ -148,19 +153,36 @@ class CheckpointSave:
         on_every_rank(check, f"the checkpoint in {self._target.parent} did not verify", CheckpointError)
 
     def _complete(self, digests: Digests) -> None:
-        by_rank = gather(digests)
+        by_rank = gather(digests | self._prepared_digests())
 
         def complete() -> None:
             recorded = {name: digest for found in by_rank for name, digest in found.items()}
+            if self._prepared is not None:
+                self._prepared.move_into(self._partial)
             write_manifest(self._partial, recorded | digests_of(self._partial, other_files(self._partial, recorded)))
             publish(self._partial, self._target, self._iteration)
+            if self._prepared is not None:
+                self._prepared.folder.rmdir()
 
         on_rank_zero(complete, f"cannot finish the checkpoint {self._target}", CheckpointError)
 
+    def _prepared_digests(self) -> Digests:
+        """Those of this rank's share of the prepared files."""
+        import torch.distributed as dist
+
+        if self._prepared is None:
+            return {}
+        folder = self._prepared.folder
+        mine = other_files(folder, ())[dist.get_rank() :: dist.get_world_size()]
+        return on_every_rank(lambda: digests_of(folder, mine), f"cannot read {folder}", CheckpointError)
+
     def _remove_partial(self) -> None:
-        on_rank_zero(
-            lambda: shutil.rmtree(self._partial, ignore_errors=True), f"cannot remove {self._partial}", CheckpointError
-        )
+        def remove() -> None:
+            if self._prepared is not None:
+                self._prepared.take_back(self._partial)
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+        on_rank_zero(remove, f"cannot remove {self._partial}", CheckpointError)
 
 
 def _torch_state(state: ShardedStateDict, content_metadata: dict[str, Any] | None, *, copied: bool) -> Any:

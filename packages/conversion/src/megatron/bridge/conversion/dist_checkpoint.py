@@ -102,12 +102,14 @@ def start_save(
     content_metadata: dict[str, Any] | None = None,
     overwrite: bool = False,
     background: bool = False,
+    prepared: Path | None = None,
 ) -> CheckpointSave:
     """`save` in steps: call `write()` on what is returned, and `finish()` when it is `ready()`. Collective.
 
     Args:
         root, iteration, sharded_state_dict, side_files, content_metadata, overwrite: see `save`.
         background: let a thread write copies of the tensors, so that training can go on.
+        prepared: see `CheckpointSave`.
 
     Raises:
         CheckpointError: the shards do not cover each tensor exactly once, or something cannot be pickled.
@@ -122,6 +124,7 @@ def start_save(
         content_metadata,
         overwrite=overwrite,
         background=background,
+        prepared=prepared,
     )
 
 

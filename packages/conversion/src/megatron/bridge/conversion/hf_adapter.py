@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Models of which peft refuses LoRA on these layers: transformers' kernels read their weights past any adapter.
+_STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_PAST_ADAPTERS = frozenset({"out_proj", "conv1d"})
 # What peft puts before the names of the model's own modules.
 _PREFIX = "base_model.model."
 
 
 # peft_type -> a function (configuration, weights by name, adapter's name) that gives the method whose adapters the
-# weights fill, and refuses features that Megatron models cannot have, each by name.
+# weights fill, and refuses features that Megatron models cannot have, each by name. Weights that belong to no layer it
+# proves itself, and takes them out of what it is given: whatever is left must have a place in the model.
 HF_ADAPTERS: Registry[Any] = Registry("megatron.bridge.hf_adapters", object, "kind of peft adapter")
 
 
@@ -71,6 +75,7 @@ class AdapterExport:
     def __init__(self, bridge: "AutoBridge", model: Model, name: str | None, dtype: Any = None) -> None:
         chunks = as_chunks(model)
         self._peft = PeftNames(bridge.hf_config)
+        self._is_state_space = bridge.hf_config.model_type in _STATE_SPACE
         self.name = adapter_of(model, name)
         self._table = AdapterTable(chunks, bridge.weight_table(), self.name, self._peft, Layout.of(chunks))
         self._exporter = Exporter(
@@ -94,6 +99,12 @@ class AdapterExport:
             # peft wants each of them word by word among the targets.
             config["feedforward_modules"], _ = self._peft.shortened(inputs)
             modules = sorted({*modules, *config["feedforward_modules"]})
+        past = sorted(each for each in modules if each.rpartition(".")[2] in _PAST_ADAPTERS)
+        if past and self._is_state_space and config["peft_type"] == "LORA":
+            raise BridgeError(
+                f"peft refuses LoRA on {', '.join(past)} of state-space models, whose kernels read the weight past any "
+                "adapter; leave it out (exclude_modules), or export the merged model"
+            )
         if parameters and (config["peft_type"] != "LORA" or config["use_dora"]):
             raise BridgeError(
                 f"peft has plain LoRA alone for parameters that are no layers: {', '.join(parameters)}; leave them out"
@@ -229,11 +240,14 @@ class _Weights:
 def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *, training: bool) -> Any:
     """See `AutoBridge.load_hf_adapter`. Collective."""
     folder, what = AdapterFolder(path), f"import of the adapter {path}"
+    tensors: dict[str, torch.Tensor] = {}
     chunks = as_chunks(model)
     layout = Layout.of(chunks)
 
     def read() -> Any:
-        return HF_ADAPTERS[folder.config["peft_type"]](folder.config, folder.tensors, name)
+        method = HF_ADAPTERS[folder.config["peft_type"]]
+        tensors.update(folder.tensors)
+        return method(folder.config, tensors, name)
 
     method = on_every_rank(read, what)
     for chunk in chunks:
@@ -244,7 +258,7 @@ def load_hf_adapter(bridge: "AutoBridge", model: Model, path: Path, name: str, *
         table = AdapterTable(chunks, bridge.weight_table(), name, PeftNames(bridge.hf_config), layout)
         own_names = {own for rule in table.table.rules for own in rule.hf_names}
         stacked = [NamePattern(base_name(own)) for own in own_names if base_name(own) != own]
-        source = _Weights(folder.tensors, stacked, getattr(chunks[0].config, "num_moe_experts", None) or 0)
+        source = _Weights(tensors, stacked, getattr(chunks[0].config, "num_moe_experts", None) or 0)
         load_weights(model, table.table, source, what, adapter=table.weights)
     except BaseException:
         for each in adapted(chunks):

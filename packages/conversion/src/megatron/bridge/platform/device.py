@@ -2,14 +2,16 @@
 
 import os
 import resource
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 
+@cache
 def cuda_available() -> bool:
-    """Whether this process can use a CUDA device."""
+    """Whether this process can use a CUDA device. Asked once: finding out opens the driver's library each time."""
     import torch
 
     return torch.cuda.is_available()
@@ -19,7 +21,7 @@ def device() -> "torch.device":
     """This process's device: `cuda:LOCAL_RANK` where CUDA works, else `cpu`."""
     import torch
 
-    if not torch.cuda.is_available():
+    if not cuda_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
@@ -31,9 +33,9 @@ def backend() -> str:
 
 def synchronize() -> None:
     """Wait for queued device work; nothing to wait for on a CPU."""
-    import torch
+    if cuda_available():
+        import torch
 
-    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -41,14 +43,14 @@ def device_name() -> str | None:
     """What CUDA calls this process's device, e.g. `NVIDIA H100 80GB HBM3`; None on a CPU."""
     import torch
 
-    return torch.cuda.get_device_name(device()) if torch.cuda.is_available() else None
+    return torch.cuda.get_device_name(device()) if cuda_available() else None
 
 
 def peak_memory_bytes() -> int:
     """Highest memory so far: bytes allocated on the CUDA device, or the process's resident set on a CPU."""
     import torch
 
-    if torch.cuda.is_available():
+    if cuda_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -58,7 +60,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     devices = []
-    if torch.cuda.is_available():
+    if cuda_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             devices.append(

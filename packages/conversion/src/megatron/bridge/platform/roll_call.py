@@ -15,12 +15,11 @@ from typing import Any
 from megatron.bridge.errors import BridgeError
 
 _PREFIX = "megatron-bridge/roll-call"
+_GROUPS = f"{_PREFIX}/groups"
 _PRESENT = "present"
 _GIVEN_UP = 1 << 40  # more than there are ranks
 # How often this process was called, by those who are called with it: the same number on each of them.
 _calls: Counter[str] = Counter()
-# The peers that this process was called with, call by call, and the store in which it told them.
-_told: list[tuple[Any, list[list[int]]]] = []
 
 
 class RankAbsent(BridgeError):
@@ -39,8 +38,8 @@ class RollCall:
         import torch.distributed as dist
 
         self._timeout = timeout_seconds
-        present = [group for group in groups if group is not None]
-        self._peers = sorted({rank for group in present for rank in dist.get_process_group_ranks(group)})
+        present = {tuple(sorted(dist.get_process_group_ranks(group))) for group in groups if group is not None}
+        self._groups = [list(ranks) for ranks in sorted(present) if len(ranks) > 1]
         self._ranks: list[int] | None = None
 
     def __call__(self, doing: str, failure: str | None = None) -> None:
@@ -53,7 +52,7 @@ class RollCall:
         Raises:
             RankAbsent: (on every rank that came) names the ranks that did not, or the one that failed and its reason.
         """
-        if len(self._peers) <= 1:
+        if not self._groups:
             if failure is not None:
                 raise RankAbsent(f"{doing}: {failure}")
             return
@@ -89,46 +88,41 @@ class RollCall:
             store.set(f"{key}/outcome", self._absence([rank for rank in ranks if not store.check([f"{key}/{rank}"])]))
 
     def _all_ranks(self, doing: str) -> list[int]:
-        """Every rank that is joined to this one: each tells its peers, and theirs are asked in turn.
-
-        A rank may have been called before, with other peers. Of two peers each was called as often with the other, so
-        that tells which of its calls is this one.
-        """
+        """Every rank that is joined to this one: each tells its groups to their members, who ask theirs in turn."""
         store, here = _store_and_rank()
-        told = _told_so_far(store)
-        told.append(self._peers)
-        store.set(f"{_PREFIX}/peers/{here}/{len(told) - 1}", json.dumps(self._peers))
+        mine = self._numbered_groups()
+        for label, _ in mine:
+            store.set(f"{_GROUPS}/{label}/{here}", json.dumps(mine))
         deadline = time.monotonic() + self._timeout
-        calls = {here: list(told)}  # of every rank, up to this one
-        waiting, absent = [(here, rank) for rank in self._peers], []
+        found, waiting, absent = {here: mine[0][0]}, list(mine), []
         while waiting:
-            peer, rank = waiting.pop()
-            if rank in calls or rank in absent:
-                continue
-            together = sum(rank in peers for peers in calls[peer])
-            found = self._told_by(store, rank, peer, together, deadline)
-            if found is None:
-                absent.append(rank)
-            else:
-                calls[rank] = found
-                waiting += [(rank, other) for other in found[-1]]
+            label, ranks = waiting.pop()
+            for rank in set(ranks) - found.keys():
+                found[rank] = label
+                if self._came(store, f"{_GROUPS}/{label}/{rank}", deadline - time.monotonic()):
+                    waiting += json.loads(store.get(f"{_GROUPS}/{label}/{rank}"))
+                else:
+                    absent.append(rank)
         if absent:
-            store.set(f"{_PREFIX}/peers/{here}/{len(told) - 1}/given-up", self._absence(absent))
+            for label, _ in mine:
+                store.set(f"{_GROUPS}/{label}/{here}/given-up", self._absence(absent))
         # Who comes late must not go on where the others have given up.
-        for rank, found in sorted(calls.items()):
-            if store.check([given_up := f"{_PREFIX}/peers/{rank}/{len(found) - 1}/given-up"]):
+        for rank, label in sorted(found.items()):
+            if store.check([given_up := f"{_GROUPS}/{label}/{rank}/given-up"]):
                 raise RankAbsent(f"{doing}: {store.get(given_up).decode()}")
-        return sorted(calls)
+        return sorted(found)
 
-    def _told_by(self, store: Any, rank: int, peer: int, together: int, deadline: float) -> "list[list[int]] | None":
-        """What `rank` has told up to its call number `together` with `peer`; None when that does not come in time."""
-        found: list[list[int]] = []
-        while sum(peer in peers for peers in found) < together:
-            key = f"{_PREFIX}/peers/{rank}/{len(found)}"
-            if not self._came(store, key, deadline - time.monotonic()):
-                return None
-            found.append(json.loads(store.get(key)))
-        return found
+    def _numbered_groups(self) -> list[tuple[str, list[int]]]:
+        """This rank's groups, each with how often its members were called together: all of them have counted alike.
+
+        Without the number a rank might read what another told in an earlier call, when it was in other groups.
+        """
+        numbered = []
+        for ranks in self._groups:
+            digest = f"group-{_digest(ranks)}"
+            _calls[digest] += 1
+            numbered.append((f"{digest}/{_calls[digest]}", ranks))
+        return numbered
 
     @staticmethod
     def _came(store: Any, key: str, seconds: float) -> bool:
@@ -147,12 +141,6 @@ class RollCall:
             f"{'rank' if len(absent) == 1 else 'ranks'} {named} did not come within {self._timeout:.0f} s; every rank "
             "of the model must take part. See what those ranks do instead, or allow more time (rank_timeout)"
         )
-
-
-def _told_so_far(store: Any) -> list[list[int]]:
-    if not _told or _told[0][0] is not store:  # another world is another beginning
-        _told[:] = [(store, [])]
-    return _told[0][1]
 
 
 def _digest(ranks: list[int]) -> str:

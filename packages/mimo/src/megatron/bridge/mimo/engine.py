@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.engine import Engine, LoadingPlace
+from megatron.bridge.training.hf_side import is_hf_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ class MimoEngine(Engine):
             yield f"model: {error}"
             return
         yield from self._provider.batch_problems(cfg.train.micro_batch_size)
+        yield from _unsupported(cfg)
 
     def replicas(self, cfg: "ConfigContainer", world_size: int) -> int:
         return self._provider.llm_layout.data_parallel
@@ -82,12 +84,12 @@ class MimoEngine(Engine):
     def total(self, values: "Tensor") -> "Tensor":
         return self.runtime.total(values)
 
-    def layout(self) -> Any:
+    def layout(self, cfg: "ConfigContainer") -> Any:
         placement = self._provider.placement
         modules = {name: vars(each) for name, each in placement.module_parallelisms.items()}
         return {"mode": placement.mode, "modules": modules}
 
-    def random_place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    def random_place(self, cfg: "ConfigContainer") -> tuple[tuple[int, ...], tuple[int, ...], int]:
         return (platform.world_size(),), (platform.rank(),), 0
 
     def optimizer_state(
@@ -110,10 +112,10 @@ class MimoEngine(Engine):
             if info.optimizer is not None:
                 load_module_state(info.optimizer, loaded[name], self._present[name])
 
-    def save_hf(self, bridge: Any, model: list[Any], folder: Path) -> None:
+    def save_hf(self, bridge: Any, model: list[Any], folder: Path, *, overwrite: bool = False) -> None:
         from megatron.bridge.mimo.conversion import save_hf_pretrained
 
-        save_hf_pretrained(bridge, model[0], folder)
+        save_hf_pretrained(bridge, model[0], folder, overwrite=overwrite)
 
     def stop(self) -> None:
         from megatron.core import parallel_state
@@ -127,3 +129,17 @@ class MimoEngine(Engine):
         parallel_state.set_pipeline_model_parallel_rank(None)
         parallel_state.set_tensor_model_parallel_rank(None)
         self._runtime = None
+
+
+def _unsupported(cfg: "ConfigContainer") -> Iterator[str]:
+    """Settings of a run that a model of several modules cannot follow."""
+    if cfg.rng.data_parallel_random_init:
+        yield "rng.data_parallel_random_init=True: replicas of several modules do not coincide; leave it out"
+    if cfg.peft is not None:
+        yield "peft: adapters are not applied to models of several modules; freeze modules instead (Encoder.frozen)"
+    start = cfg.checkpoint.pretrained_checkpoint
+    if start is not None and is_hf_folder(start):
+        yield (
+            f"checkpoint.pretrained_checkpoint={start!r} is a Hugging Face folder; make the provider of it "
+            "(MimoProvider.from_hf_pretrained)"
+        )

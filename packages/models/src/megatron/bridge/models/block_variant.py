@@ -15,7 +15,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.heterogeneous_layers import HeterogeneousLayers
-from megatron.bridge.models.layer_specs.attention_beside_mamba import with_mamba
 from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts
 from megatron.bridge.models.layer_specs.decoder_layer import VariantLayer
 from megatron.bridge.models.layer_specs.heterogeneous_layer import HeterogeneousLayer, with_heterogeneous_parts
@@ -189,7 +188,12 @@ def _layer(
     if variant.heterogeneous_layers is not None:
         changed = with_heterogeneous_parts(changed, variant.heterogeneous_layers)
     beside = variant.mamba_beside_attention
-    return changed if beside is None else with_mamba(changed, beside)
+    if beside is None:
+        return changed
+    # Megatron-Core's state-space modules, and with them Triton's, are imported for models that have such layers.
+    from megatron.bridge.models.layer_specs.attention_beside_mamba import with_mamba
+
+    return with_mamba(changed, beside)
 
 
 def _refuse_misfit(layers: HeterogeneousLayers, config: TransformerConfig) -> None:

@@ -19,6 +19,8 @@ class MLAModelProvider(GPTModelProvider, MLATransformerConfig):
     config_class: ClassVar[type[TransformerConfig]] = MLATransformerConfig
 
     multi_latent_attention: bool = True
+    # Megatron-Core says `int`, and takes None for queries without a latent.
+    q_lora_rank: int | None = 512
 
     def _turn_positions(self, model: Any) -> None:
         from megatron.bridge.models.rotary import apply_latent_rope_parameters

@@ -76,7 +76,7 @@ class ModelProvider(ABC):
         if parallel_state.is_initialized():
             _refuse_other_layout(sizes)
         else:
-            _refuse_misfit(sizes, platform.world_size())
+            refuse_misfit(sizes, platform.world_size())
             parallel_state.initialize_model_parallel(**sizes)
         model_parallel_cuda_manual_seed(seed, te_rng_tracker=getattr(self, "use_te_rng_tracker", False))
 
@@ -132,7 +132,16 @@ class ModelProvider(ABC):
         return [None] if virtual is None else list(range(virtual))
 
 
-def _refuse_misfit(sizes: dict[str, Any], world: int) -> None:
+def refuse_misfit(sizes: dict[str, Any], world: int) -> None:
+    """Refuse a layout that the number of ranks does not fit.
+
+    Args:
+        sizes: the parallel sizes, by the provider's names.
+        world: number of ranks.
+
+    Raises:
+        BridgeError: says which numbers would do.
+    """
     tensor, pipeline = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
     context = sizes["context_parallel_size"]
     ranks = tensor * pipeline * context

@@ -170,11 +170,14 @@ def unmerge_adapter(model: Any) -> None:
 
 def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """One adapter's parameters; layers have keys of their own, for some layers may have no adapter, or another rank."""
+    if adapter.borrows:
+        return {}
     division, shards = adapter.division, adapter.shards()
     offsets = tuple(offsets)
     experts = offsets[-1:] if division.expert else ()
     layer = f"{offsets[0][1]}." if len(offsets) > len(experts) else ""
-    inner = tuple((0, *offset[1:]) for offset in experts)
+    shared = adapter.place.shared
+    inner = () if shared else tuple((0, *offset[1:]) for offset in experts)
     group = division.group if division.group is not None else _tensor_group()
     state = make_sharded_tensors_for_checkpoint(
         adapter.state_dict(keep_vars=True),
@@ -192,6 +195,9 @@ def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) 
             )
     for value in state.values():
         value.key = value.key.replace(f"{ADAPTERS}.", f"{ADAPTERS}.{layer}", 1)
+        if shared:
+            # Written by the rank that has the first expert, and read by all.
+            value.replica_id = (offsets[-1][1], *value.replica_id[1:])
     return state
 
 

@@ -1,5 +1,6 @@
 """`Adapter`: the trainable part that a method adds to one layer."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from megatron.bridge.conversion.transforms import Transform
 from megatron.bridge.peft.divided_layer import Division
 
 type Forward = Callable[[Tensor], Any]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,19 @@ class Place:
         division: of the layer.
         hf: the Hugging Face modules that the layer holds; empty where the model has no table.
         rows: the transform between their outputs and the layer's.
+        shared: all experts of the layer hold the same parameters.
     """
 
     name: str
     division: Division
     hf: tuple[str, ...] = ()
     rows: Transform | None = None
+    shared: bool = False
+
+    @property
+    def origin(self) -> str:
+        """The name that random numbers belong to: the same for all experts that share them."""
+        return _EXPERT.sub(".", self.name) if self.shared else self.name
 
 
 class Adapter(torch.nn.Module):
@@ -39,7 +48,14 @@ class Adapter(torch.nn.Module):
     Args:
         place: of the layer.
         method: the settings that it was made with.
+
+    Attributes:
+        dropout: share of what `dropped_inputs` and `dropped_outputs` are given that they drop in training.
+        borrows: the parameters are those of another adapter.
     """
+
+    dropout: float = 0.0
+    borrows: bool = False
 
     def __init__(self, place: Place, method: Any) -> None:
         super().__init__()
@@ -97,6 +113,31 @@ class Adapter(torch.nn.Module):
         """
         return {}
 
+    def dropped_inputs(self, values: Tensor) -> Tensor:
+        """Dropout of what the layer is given."""
+        return self._dropped(values, differs=self.division.kind == "row" or self.division.sequence_parallel)
+
+    def dropped_outputs(self, values: Tensor) -> Tensor:
+        """Dropout of what is added to the layer's output."""
+        return self._dropped(values, differs=self.division.kind == "column" or self.division.sequence_parallel)
+
+    def _dropped(self, values: Tensor, *, differs: bool) -> Tensor:
+        """Where ranks hold different values (`differs`), each draws its own mask, otherwise all draw one."""
+        if self.dropout == 0.0 or not self.training:
+            return values
+        if not differs or self.division.size == 1:
+            return torch.nn.functional.dropout(values, self.dropout)
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        with get_cuda_rng_tracker().fork():
+            return torch.nn.functional.dropout(values, self.dropout)
+
+    def borrow(self, other: "Adapter") -> None:
+        """Take the parameters of `other`, which is on the same layer of another expert, and saves them."""
+        self.borrows = True
+        for name, parameter in other.named_parameters():
+            self.register_parameter(name, parameter)
+
     def add(self, name: str, tensor: Tensor, layer: Any) -> None:
         """Make a parameter of this rank's part, which Megatron-Core counts, clips and reduces like the layer's own."""
         from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -108,7 +149,8 @@ class Adapter(torch.nn.Module):
             set_tensor_model_parallel_attributes(parameter, True, shard.axis, 1)
         elif self.division.sums_gradients:
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
-        parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
+        # What experts share learns from the tokens of all of them, on whichever rank: reduced as dense weights are.
+        parameter.allreduce = self.place.shared or getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
 

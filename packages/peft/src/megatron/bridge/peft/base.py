@@ -99,6 +99,7 @@ class PEFT(ABC):
             names += map(self._names.full, module_names(chunk))
             binder = Binder(self.transform, chunk=index, rename=self._names.full)
             freeze(chunk)
+            self.begins(chunk)
             bound.append(binder.bind(chunk))
             bindings += binder.bindings
         self._refuse_unbound([binding.name for binding in bindings], names)
@@ -126,6 +127,9 @@ class PEFT(ABC):
 
     def settle(self) -> None:  # noqa: B027  a method whose settings have one name each has nothing to do
         """Give settings that have several names their one value."""
+
+    def begins(self, chunk: "torch.nn.Module") -> None:  # noqa: B027  most methods have nothing to do
+        """Called with each chunk, frozen, before its modules are shown to `transform`."""
 
     def applied(self, chunks: "list[torch.nn.Module]") -> None:  # noqa: B027  most methods have nothing to do
         """Called with the chunks when all that was to be changed has been."""
@@ -218,4 +222,15 @@ class PEFT(ABC):
         return "Set target_modules to modules that the method can change"
 
 
-PEFT_METHODS: Registry[type[PEFT]] = Registry("megatron.bridge.peft", PEFT, "PEFT method")
+PEFT_METHODS: Registry[type[PEFT]] = Registry(
+    "megatron.bridge.peft",
+    PEFT,
+    "PEFT method",
+    absent={
+        "qlora": (
+            "bitsandbytes and torchao keep torch.nn.Linear in few bits, and no library does so with Megatron-Core's "
+            "parallel layers, so that it could not be proven; use lora, with model.bf16=true for a smaller base, and "
+            "read low-bit folders by `megatron-bridge convert import`, which decodes those that it knows"
+        )
+    },
+)

@@ -188,6 +188,22 @@ def _kind(layer: Any) -> Kind | None:
     return None
 
 
+def refuse_apart(division: Division, name: str) -> None:
+    """Refuse to share parameters between experts that are divided in another way than the rest of the model.
+
+    Raises:
+        BridgeError: the ranks that hold experts are not those over which Megatron-Core sums gradients of dense weights.
+    """
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    if division.size != ranks:
+        raise BridgeError(
+            f"share_experts: {name} is divided over {division.size} ranks and the rest of the model over {ranks}; set "
+            f"model.expert_tensor_parallel_size={ranks}, or let each expert have an adapter of its own"
+        )
+
+
 def layer_inputs(layer: Any) -> int:
     """Inputs of a whole linear layer."""
     if hasattr(layer, "input_size"):

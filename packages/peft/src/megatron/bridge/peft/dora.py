@@ -18,6 +18,8 @@ class DoRA(LoRA):
         yield from super().problems()
         if self.dropout_position != "pre":
             yield f"dropout_position={self.dropout_position!r} is not what DoRA does; leave it at 'pre'"
+        if self.share_experts:
+            yield "share_experts=True is not supported with DoRA: each expert's weight has lengths of its own"
         if self.init_lora_weights in ("pissa", "olora"):
             yield f"init_lora_weights={self.init_lora_weights!r} is not supported with DoRA; leave it at 'kaiming'"
 

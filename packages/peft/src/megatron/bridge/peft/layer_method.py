@@ -29,6 +29,11 @@ class LayerMethod(PEFT):
         """Whether a fused layer may be a target by some of its parts alone (q and v, without k)."""
         return False
 
+    @property
+    def shares_experts(self) -> bool:
+        """Whether all experts of a layer have one adapter together."""
+        return False
+
     @abstractmethod
     def adapter(self, layer: Any, place: "Place") -> "Adapter":
         """A new adapter for `layer`.
@@ -42,7 +47,7 @@ class LayerMethod(PEFT):
             return module
         from megatron.bridge.peft.adapted_layer import attach
         from megatron.bridge.peft.adapter import Place
-        from megatron.bridge.peft.divided_layer import Division
+        from megatron.bridge.peft.divided_layer import Division, refuse_apart
 
         full = f"{prefix}.{name}" if prefix else name
         division = Division.of(module)
@@ -50,10 +55,27 @@ class LayerMethod(PEFT):
             return module
         if division.kind == "whole" and not self.names_router(full):
             return module
+        if division.kind == "column" and division.size > 1 and name == "in_proj":
+            raise BridgeError(
+                f"{full} (state space, linear attention) holds several blocks, of each of which a tensor-parallel rank "
+                "has a cut, and adapters are not divided so; set model.tensor_model_parallel_size=1, or leave it out: "
+                "exclude_modules=['in_proj']"
+            )
         if not self.takes_parts:
             self.refuse_some_parts(full)
-        place = Place(full, division, self.hf_names(full), self.hf_rows(full))
-        return attach(module, self.adapter_name, self.adapter(module, place))
+        shared = division.expert and self.shares_experts
+        place = Place(full, division, self.hf_names(full), self.hf_rows(full), shared)
+        adapter = self.adapter(module, place)
+        if shared:
+            refuse_apart(division, full)
+            first = self._of_first_expert.setdefault(place.origin, adapter)
+            if first is not adapter:
+                adapter.borrow(first)
+        return attach(module, self.adapter_name, adapter)
+
+    def begins(self, chunk: "torch.nn.Module") -> None:
+        """Forget the experts of other models."""
+        self._of_first_expert: dict[str, Adapter] = {}
 
     def applied(self, chunks: "list[torch.nn.Module]") -> None:
         """Let no other adapter take part, on layers either that this one is not on."""

@@ -35,6 +35,7 @@ class LoRA(LayerMethod):
             with the main directions of the weight, which are taken off the output again: the weight itself stays.
         separate_parts: a pair of matrices for each Hugging Face part of a fused layer, or for those named alone.
         shared_parts: target patterns of layers whose parts share an A all the same.
+        share_experts: one pair of matrices for all experts of a layer, instead of a pair for each.
         rank_pattern, alpha_pattern: another rank, another alpha for layers by target pattern.
         seed: of the initial values; the same seed gives the same adapter at any parallel layout.
         lora_rank, lora_alpha, lora_dropout: other names of `dim`, `alpha` and `dropout`.
@@ -50,6 +51,7 @@ class LoRA(LayerMethod):
     init_lora_weights: str = "kaiming"
     separate_parts: bool = False
     shared_parts: list[str] = field(default_factory=list)
+    share_experts: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     seed: int = 1234
@@ -86,8 +88,9 @@ class LoRA(LayerMethod):
         known = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
         if self.init_lora_weights not in known:
             yield f"init_lora_weights={self.init_lora_weights!r} is not supported; there are {', '.join(known)}"
-        if self.separate_parts and self.init_lora_weights in ("pissa", "olora"):
-            yield f"init_lora_weights={self.init_lora_weights!r} is not supported with separate_parts"
+        for setting in ("separate_parts", "share_experts"):
+            if getattr(self, setting) and self.init_lora_weights in ("pissa", "olora"):
+                yield f"init_lora_weights={self.init_lora_weights!r} is not supported with {setting}"
         if self.init_lora_weights == "orthogonal" and self.dim % 2:
             yield f"init_lora_weights='orthogonal' halves the rank, and dim={self.dim} is odd"
 
@@ -103,6 +106,10 @@ class LoRA(LayerMethod):
     @property
     def takes_parts(self) -> bool:
         return self.separate_parts
+
+    @property
+    def shares_experts(self) -> bool:
+        return self.share_experts
 
     def adapter(self, layer: Any, place: "Place") -> "Adapter":
         from megatron.bridge.peft.low_rank import LowRank

@@ -94,6 +94,7 @@ def lora_from_hf(config: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]
         # peft has a pair of matrices for each module; some share an A all the same, as those that were trained here.
         separate_parts=True,
         shared_parts=[*_sharing(tensors), *(each for each in modules if each.startswith(REGEX))],
+        share_experts=_experts_alike(tensors, config),
         rank_pattern=_patterns(config.get("rank_pattern")),
         alpha_pattern=_patterns(config.get("alpha_pattern")),
     )
@@ -110,6 +111,19 @@ def _sharing(tensors: "Mapping[str, torch.Tensor]") -> list[str]:
         for module in held
         if any(other != module and held[other].equal(held[module]) for other in beside[module.rpartition(".")[0]])
     ]
+
+
+def _experts_alike(tensors: "Mapping[str, torch.Tensor]", config: Mapping[str, Any]) -> bool:
+    """Whether all experts of every layer have the same matrices, bit for bit, as those that were trained as one."""
+    parameters, rank = config.get("target_parameters"), config["r"]
+    if not parameters or config.get("rank_pattern"):
+        return False
+    stacked = [(name, each) for name, each in tensors.items() if ".experts." in name and ".lora_" in name]
+    by_expert = [
+        each.unflatten(1, (rank, -1)).permute(2, 0, 1) if ".lora_B" in name else each.unflatten(0, (-1, rank))
+        for name, each in stacked
+    ]
+    return bool(by_expert) and all(len(each) > 1 and each.eq(each[0]).all() for each in by_expert)
 
 
 def hf_targets(tensors: Iterable[str], parameters: Iterable[str] = ()) -> list[str]:

@@ -44,11 +44,11 @@ class LowRank(Adapter):
         kind = method.init_lora_weights
         if division.kind == "vocabulary":
             # As peft does: an embedding's A is looked up, and begins at zero.
-            source = generator(method.seed, self.place.name)
+            source = generator(method.seed, self.place.origin)
             narrowing = torch.zeros(division.inputs, self.rank)
             expanding = torch.empty(division.outputs, self.rank).normal_(generator=source)
         elif kind in RANDOM:
-            source = generator(method.seed, self.place.name)
+            source = generator(method.seed, self.place.origin)
             narrowing, expanding = RANDOM[kind](self.rank, division.inputs, division.outputs, source)
         else:
             narrowing, expanding = self._from_weight(layer, OF_THE_WEIGHT[kind])
@@ -88,34 +88,30 @@ class LowRank(Adapter):
         return with_output(result, lambda output, bias: (self.added(layer, values, output), bias))
 
     def added(self, layer: Any, values: Tensor, output: Tensor) -> Tensor:
-        """The layer's output and the product, scaled."""
-        return torch.add(output, self.product(layer, values, output), alpha=self.scale)
+        """The layer's output and the product."""
+        product = self.product(layer, values, output)
+        # The product is nobody else's, and as wide as the output: adding in place saves one such tensor.
+        return product.add_(output) if product.dtype == output.dtype else output + product
 
     def product(self, layer: Any, values: Tensor, output: Tensor, *, drop: bool = True) -> Tensor:
-        """`B A x` as the layer's `output` is divided, with dropout."""
+        """`scale * B A x` as the layer's `output` is divided, with dropout."""
         division = self.division
         if division.kind != "vocabulary":
             values = layer_input(layer, values)
             if drop and self.dropout_position == "pre":
-                values = self._dropped(values, differs=division.kind == "row" or division.sequence_parallel)
-        product = division.expand(division.reduce(values, getattr(self, A)), getattr(self, B))
+                values = self.dropped_inputs(values)
+        product = self._scaled_product(values, A, B)
         if self.is_taken_off:
-            product = product - division.expand(division.reduce(values, getattr(self, A0)), getattr(self, B0))
+            product = product - self._scaled_product(values, A0, B0)
         product = division.matched(product, output)
         if drop and self.dropout_position == "post":
-            product = self._dropped(product, differs=division.kind == "column" or division.sequence_parallel)
+            product = self.dropped_outputs(product)
         return product
 
-    def _dropped(self, values: Tensor, *, differs: bool) -> Tensor:
-        """Dropout; where ranks hold different values (`differs`), each draws its own mask, otherwise all draw one."""
-        if self.dropout == 0.0 or not self.training:
-            return values
-        if not differs or self.division.size == 1:
-            return torch.nn.functional.dropout(values, self.dropout)
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        with get_cuda_rng_tracker().fork():
-            return torch.nn.functional.dropout(values, self.dropout)
+    def _scaled_product(self, values: Tensor, narrowing: str, expanding: str) -> Tensor:
+        # Scaling between the matrices is cheap: outputs, and their gradients, are many times wider.
+        narrow = self.division.reduce(values, getattr(self, narrowing)) * self.scale
+        return self.division.expand(narrow, getattr(self, expanding))
 
     def delta(self) -> Tensor:
         """What the adapter adds to this rank's part of the weight."""

@@ -45,7 +45,7 @@ class LowRankParts(LowRank):
     def _begin(self, layer: Any, method: "LoRA") -> None:
         division = self.division
         for module, leaf in self._named.items():
-            source = generator(method.seed, f"{self.place.name}.{leaf}")
+            source = generator(method.seed, f"{self.place.origin}.{leaf}")
             local = self._fused.sizes[self.place.hf.index(module)]
             outputs = local * (division.size if division.kind == "column" else 1)
             narrowing, expanding = RANDOM[method.init_lora_weights](self._ranks[leaf], division.inputs, outputs, source)
@@ -71,7 +71,7 @@ class LowRankParts(LowRank):
         division = self.division
         values = layer_input(layer, values)
         if drop and self.dropout_position == "pre":
-            values = self._dropped(values, differs=division.kind == "row" or division.sequence_parallel)
+            values = self.dropped_inputs(values)
         pairs = self._pairs()
         # One product for all parts' A: one exchange between ranks instead of one for each.
         held = [pair for pair in pairs if pair is not None]
@@ -81,7 +81,7 @@ class LowRankParts(LowRank):
         parts = [None if pair is None else division.expand(next(narrow), pair[1]) for pair in pairs]
         product = division.matched(self._fused.fuse(parts, output.new_zeros(1)), output)
         if drop and self.dropout_position == "post":
-            product = self._dropped(product, differs=division.kind == "column" or division.sequence_parallel)
+            product = self.dropped_outputs(product)
         return product
 
     def delta(self) -> Tensor:

@@ -78,14 +78,14 @@ class _Decomposed(LowRank):
         """As peft does: what is added is made of the dropped inputs, also where it is the layer's own part."""
         if getattr(layer, "layer_norm_weight", None) is not None:
             raise BridgeError(f"{self.place.name}: DoRA with dropout does not work on a layer that holds its own norm")
-        dropped = self._dropped(values, differs=self.division.kind == "row" or self.division.sequence_parallel)
+        dropped = self.dropped_inputs(values)
         result, lessened = forward(values), forward(dropped)
         bias = result[1] if isinstance(result, tuple) else None
         inner = layer.bias if bias is None and getattr(layer, "bias", None) is not None else None
         lessened = lessened[0] if isinstance(lessened, tuple) else lessened
         plain = lessened if inner is None else lessened - inner
         lengths = self.division.matched(self._lengths(layer), plain)
-        added = (lengths - 1) * plain + lengths * self.product(layer, dropped, plain, drop=False) * self.scale
+        added = (lengths - 1) * plain + lengths * self.product(layer, dropped, plain, drop=False)
         return with_output(result, lambda output, own: (output + added, own))
 
     def hf_weights(self, modules: tuple[str, ...], rows: Transform) -> Iterator[AdapterWeight]:

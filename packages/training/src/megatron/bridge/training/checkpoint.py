@@ -18,7 +18,7 @@ from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.data import stream_states as states_of_streams
 from megatron.bridge.training.engine import engine_of
-from megatron.bridge.training.hf_side import is_hf_folder
+from megatron.bridge.training.hf_side import is_hf_folder, write_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.peft_section import fill_trained_part, trained_part
@@ -120,15 +120,18 @@ def _start_save(
             "checkpoint_version": 3.0,
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
-            "parallel_layout": engine.layout(),
+            "parallel_layout": engine.layout(cfg),
             "distributed_optimizer": cfg.ddp.use_distributed_optimizer,
-            "rng_state": random_state(engine),
+            "rng_state": random_state(engine, cfg),
             **held,
         }
         if optimizer is not None:
             state["optimizer"] = engine.optimizer_state(optimizer, state, _SHARDING)
         if scheduler is not None:
             state["opt_param_scheduler"] = scheduler.state_dict()
+        prepared = None
+        if cfg.checkpoint.save_hf:
+            prepared = write_hf_folder(cfg, model, progress.iteration)
         beside = on_every_rank(
             lambda: side_files(cfg, scratch) if platform.is_rank_zero() else {}, "cannot describe the run"
         )
@@ -139,6 +142,7 @@ def _start_save(
             side_files=beside,
             content_metadata=dict(_SHARDING),
             background=background,
+            prepared=prepared,
         )
 
 
@@ -181,9 +185,9 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     state = _trained_state(model, cfg)
     ignore: tuple[str, ...] = ()
     engine = engine_of(cfg)
-    same_layout = common.get("parallel_layout") == engine.layout()
+    same_layout = common.get("parallel_layout") == engine.layout(cfg)
     if cfg.checkpoint.load_rng and same_layout:
-        state["rng_state"] = random_state(engine)
+        state["rng_state"] = random_state(engine, cfg)
     else:
         ignore += ("rng_state",)
     if optimizer is not None and cfg.checkpoint.load_optim:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", required=True, help="Name of a recipe; `megatron-bridge plugins` lists them.")
 @click.option("--config", type=click.Path(), help="YAML file of sections, e.g. a checkpoint's run_config.yaml.")
 @click.option("--run-folder", type=click.Path(), help="Folder for all that the run writes.")
-@click.option("--forward-step", metavar="MODULE:NAME", help="A forward step of your own.")
+@click.option("--forward-step", metavar="MODULE:NAME", help="A forward step of your own, not an installed one.")
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME", help="A callback; may be repeated.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-folder; begin it where there is none.")
 @launching_options
@@ -86,11 +86,10 @@ class TrainCommand:
         pretrain(cfg, forward_step, [*callbacks, *own_callbacks])
 
     def _own_code(self) -> "tuple[Any, list[Callback]]":
-        """The forward step and the callbacks."""
-        from megatron.bridge.training.gpt_step import forward_step
+        """The forward step, None where the configuration names it, and the callbacks."""
         from megatron.bridge.training.own_code import own, own_callback
 
-        step = forward_step if self.forward_step is None else own(self.forward_step, "--forward-step")
+        step = None if self.forward_step is None else own(self.forward_step, "--forward-step")
         return step, [own_callback(name) for name in self.callbacks]
 
 

@@ -75,6 +75,8 @@ class TrainingConfig:
         exit_duration_in_mins: stop in the same way after this many minutes; None for no limit.
         exit_interval: stop in the same way after a step whose number this divides; None for no such step.
         skip_train: evaluate once on the validation split and do no step.
+        forward_step: name of the group `megatron.bridge.forward_steps`, for a run that is given no function; None where
+            it always is.
     """
 
     train_iters: int | None = None
@@ -88,6 +90,7 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = None
     exit_interval: int | None = None
     skip_train: bool = False
+    forward_step: str | None = "gpt"
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -171,6 +174,8 @@ class CheckpointConfig:
         pretrained_checkpoint: what a fresh run takes its weights from: a Megatron checkpoint (made by
             `AutoBridge.import_ckpt`, by a run, or by Megatron-LM's torch_dist format), or a Hugging Face folder.
         hf_save_path: Hugging Face folder to write when the run has done all its steps.
+        save_hf: make of `hf/` in each checkpoint, which describes the model, a whole Hugging Face folder with weights,
+            those of an adapter merged into the others. They are written at once, also under `async_save`.
     """
 
     save: str | None = None
@@ -185,6 +190,7 @@ class CheckpointConfig:
     load_rng: bool = True
     pretrained_checkpoint: str | None = None
     hf_save_path: str | None = None
+    save_hf: bool = False
 
 
 @dataclass(kw_only=True)
@@ -282,10 +288,13 @@ class RNGConfig:
         seed: of weights, dropout and the order of data loading.
         te_rng_tracker: keep the random states of model-parallel regions in Transformer Engine's tracker, which CUDA
             graphs need.
+        data_parallel_random_init: data-parallel replicas draw random numbers of their own, e.g. for dropout, each from
+            `seed` + 10 x its number. They start from the first one's weights all the same.
     """
 
     seed: int = 1234
     te_rng_tracker: bool = False
+    data_parallel_random_init: bool = False
 
 
 @dataclass(kw_only=True)

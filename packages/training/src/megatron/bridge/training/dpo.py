@@ -1,7 +1,8 @@
 """Direct preference optimization (Rafailov et al., arXiv:2305.18290): learning from pairs of answers.
 
-The reference model is the one that training starts from. Its log-probabilities of every answer are computed once,
-before the first step, so that no second model is held.
+The reference model is the one that training starts from: a copy of the weights as they are then, and beneath adapters
+the model without them. Its log-probabilities of every answer are computed once, before the first step, so that no
+second model is held.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.tally import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from megatron.bridge.training.state import RunState, TrainResult
 
 REFERENCE = "reference.json"
+# What is told of a step besides its loss, as means over pairs: an answer's reward is `beta` times by how much its
+# log-probability is above the reference model's.
+REWARDS = ("chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy")
 _PAIR = "pair"
 
 # Pair -> log-probabilities of the chosen and the rejected answer.
@@ -27,7 +32,10 @@ type Reference = Mapping[int, tuple[float, float]]
 
 
 def dpo(cfg: "ConfigContainer", *, beta: float = 0.1, callbacks: "Sequence[Callback]" = ()) -> "TrainResult":
-    """Tune `cfg.model` to prefer the chosen answers of `cfg.dataset`. Its losses are means over pairs.
+    """Tune `cfg.model`, or the adapters of `cfg.peft`, to prefer the chosen answers of `cfg.dataset`.
+
+    Losses are means over pairs. Logged with them: rewards, their margins, and the share of pairs in which the chosen
+    answer has the higher one.
 
     Args:
         cfg: the run; `dataset` is a `PreferenceDatasetConfig`, and there are weights to start from.
@@ -47,6 +55,7 @@ def dpo(cfg: "ConfigContainer", *, beta: float = 0.1, callbacks: "Sequence[Callb
     cfg.model.calculate_per_token_loss = True  # what is counted are pairs
     with distributed(cfg):
         run = setup(cfg, callbacks)
+        run.tally = Tally(*REWARDS)
         return train(run, partial(preference_step, beta, _reference(run)))
 
 
@@ -71,13 +80,13 @@ def preference_step(
         model: the chunk.
     """
     output, batch = _forward(data_iterator, model)
-    return output, partial(preference_loss, beta, reference, batch)
+    return output, partial(preference_loss, beta, reference, batch, state.tally)
 
 
 def preference_loss(
-    beta: float, reference: Reference, batch: Mapping[str, "Tensor"], losses: "Tensor"
+    beta: float, reference: Reference, batch: Mapping[str, "Tensor"], tally: Tally, losses: "Tensor"
 ) -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
-    """`(loss, pairs, report)` of one sample from the losses of its tokens, [1, sequence]."""
+    """`(loss, pairs, report)` of one sample from the losses of its tokens, [1, sequence]; rewards go to `tally`."""
     import torch
 
     from megatron.bridge.training.gpt_step import LOSS
@@ -89,8 +98,9 @@ def preference_loss(
     else:
         chosen, rejected = log_probabilities(batch, losses)
         chosen_before, rejected_before = reference[pair]
-        margin = (chosen - chosen_before) - (rejected - rejected_before)
-        total = -torch.nn.functional.logsigmoid(beta * margin)
+        better, worse = beta * (chosen - chosen_before), beta * (rejected - rejected_before)
+        total = -torch.nn.functional.logsigmoid(better - worse)
+        tally.add(dict(zip(REWARDS, (better, worse, better - worse, (better > worse).float()), strict=True)))
     return total, count, {LOSS: torch.stack([total.detach(), count.to(total.dtype)])}
 
 
@@ -141,6 +151,7 @@ def _computed(run: "RunState") -> Reference:
     import torch
 
     from megatron.bridge.conversion.rank_agreement import gather
+    from megatron.bridge.peft.adapted_layer import without_adapters
     from megatron.bridge.training.data import batches_per_chunk
     from megatron.bridge.training.step import forward_backward
 
@@ -148,7 +159,7 @@ def _computed(run: "RunState") -> Reference:
     batch = run.cfg.train.global_batch_size
     for chunk in run.model:
         chunk.eval()
-    with torch.no_grad():
+    with torch.no_grad(), without_adapters(run.model):
         for dataset in _pairs(run.cfg):
             data = batches_per_chunk(run.cfg, dataset, len(run.model), batch)
             for _ in range(len(dataset) // batch):

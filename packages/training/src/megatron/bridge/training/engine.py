@@ -63,8 +63,8 @@ class Engine:
             rank=parallel_state.get_data_parallel_rank(),
             size=parallel_state.get_data_parallel_world_size(),
             micro_batch_size=cfg.train.micro_batch_size,
-            # Attention on every stage asks where the documents of a packed sample begin.
-            needed=ends or getattr(cfg.dataset, "packing", False),
+            # Every stage asks where the documents of a packed sample begin, or where images stand among tokens.
+            needed=ends or getattr(cfg.dataset, "packing", False) or getattr(cfg.model, "vision", None) is not None,
         )
 
     def build_optimizer(self, settings: Any, model: list[Any], overrides: Any) -> Any:
@@ -103,28 +103,37 @@ class Engine:
 
     # --- checkpoints
 
-    def layout(self) -> Any:
-        """What random states belong to, to be compared."""
+    def layout(self, cfg: "ConfigContainer") -> Any:
+        """By what the random states are divided, to be compared."""
         from megatron.core import parallel_state
 
-        return {
+        layout = {
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         }
+        if cfg.rng.data_parallel_random_init:
+            layout["data"] = parallel_state.get_data_parallel_world_size()
+        return layout
 
-    def random_place(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """How many random states there are along each axis, which one this rank has, and which copy of it."""
+    def random_place(self, cfg: "ConfigContainer") -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """How many random states there are along each axis, which one this rank has, and which copy of it.
+
+        Each (pipeline, tensor) position has its own; data-parallel replicas share it, or have their own, too
+        (`rng.data_parallel_random_init`).
+        """
         from megatron.core import parallel_state
 
-        sizes = (
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
-        place = (
+        pipeline = (
             parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
         )
-        return sizes, place, parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        by_replica = cfg.rng.data_parallel_random_init
+        ranks, sizes = zip(pipeline, tensor, *([replica] if by_replica else []), strict=True)
+        if by_replica:
+            return sizes, ranks, parallel_state.get_context_parallel_rank()
+        return sizes, ranks, parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
     def optimizer_state(
         self, optimizer: Any, state: dict[str, Any], sharding: Mapping[str, Any], *, is_loading: bool = False
@@ -146,9 +155,9 @@ class Engine:
 
         load_optimizer_state(optimizer, loaded, saved)
 
-    def save_hf(self, bridge: Any, model: list[Any], folder: Path) -> None:
+    def save_hf(self, bridge: Any, model: list[Any], folder: Path, *, overwrite: bool = False) -> None:
         """Write the model as a complete Hugging Face folder. Collective."""
-        bridge.save_hf_pretrained(model, folder)
+        bridge.save_hf_pretrained(model, folder, overwrite=overwrite)
 
     def stop(self) -> None:
         """Take down what the engine made; the parallel state is the caller's."""

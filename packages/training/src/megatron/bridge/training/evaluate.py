@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.training.data import batches_per_chunk
 from megatron.bridge.training.fault_tolerance import NotFinite
 from megatron.bridge.training.step import forward_backward, global_loss
+from megatron.bridge.training.tally import Tally
 
 if TYPE_CHECKING:
     from megatron.bridge.training.reporter import Reporter
@@ -38,7 +39,9 @@ def evaluate(run: "RunState", forward_step: Any) -> float:
 
 def evaluate_and_print_results(run: "RunState", forward_step: Any, reporter: "Reporter") -> float:
     """`evaluate`, reported on rank 0."""
+    training, run.tally = run.tally, Tally(*run.tally.names)
     loss = evaluate(run, forward_step)
-    reporter.metrics(run.progress.iteration, {"valid_loss": loss})
+    reporter.metrics(run.progress.iteration, {"valid_loss": loss} | run.tally.means("valid_"))
+    run.tally = training
     run.callbacks.on_evaluate_end(run, loss)
     return loss

@@ -23,18 +23,17 @@ def finetune(cfg: "ConfigContainer", forward_step: Any = None, callbacks: "Seque
     Args:
         cfg: the run. Its weights come from `checkpoint.pretrained_checkpoint`, from `checkpoint.load`, or from the
             Hugging Face folder that the provider was made from.
-        forward_step: None takes `gpt_step.forward_step`.
+        forward_step: as for `pretrain`.
         callbacks: e.g. `KeepBest`, `GenerationSamples`, `ExportHF`.
 
     Raises:
         BridgeError: there are no weights to start from, or what `pretrain` refuses.
     """
-    from megatron.bridge.training import gpt_step
     from megatron.bridge.training.pretrain import pretrain
 
     check_start(cfg)
     cfg.model.calculate_per_token_loss = True
-    return pretrain(cfg, forward_step or gpt_step.forward_step, callbacks)
+    return pretrain(cfg, forward_step, callbacks)
 
 
 def check_start(cfg: "ConfigContainer") -> None:
@@ -54,6 +53,7 @@ def finetune_config(
     valid_data: Sequence[str] = (),
     sequence_length: int = 2048,
     trust_remote_code: bool = False,
+    pairs: bool = False,
     **dataset: Any,
 ) -> "ConfigContainer":
     """A configuration for tuning all weights of `model` on `data`; change what you like, then `plan_length`.
@@ -64,20 +64,23 @@ def finetune_config(
         valid_data: the same to evaluate on; where there are none, one row of twenty is kept back.
         sequence_length: tokens per sample, at most the model's.
         trust_remote_code: let the model folder's own Python code run.
+        pairs: rows hold a better and a worse answer, for `dpo`.
         dataset: further fields of `SFTDatasetConfig`, e.g. `dataset_format="alpaca"`.
 
     Raises:
         BridgeError: the model cannot be found or expressed.
     """
+    from megatron.bridge.data import PreferenceDatasetConfig
     from megatron.bridge.training import config as c
 
+    kind = PreferenceDatasetConfig if pairs else c.SFTDatasetConfig
     provider, folder, checkpoint = _start(model, trust_remote_code)
     provider.seq_length = min(sequence_length, provider.seq_length)
     apart = {"train_data_paths": list(data), "valid_data_paths": list(valid_data)}
     paths = apart if valid_data else {"data_paths": list(data), "split": "95,5,0"}
     return c.ConfigContainer(
         model=provider,
-        dataset=c.SFTDatasetConfig(**{**paths, "sequence_length": provider.seq_length, "packing": True, **dataset}),
+        dataset=kind(**{**paths, "sequence_length": provider.seq_length, "packing": True, **dataset}),
         tokenizer=c.TokenizerConfig(
             tokenizer_model=folder, vocab_size=provider.vocab_size, trust_remote_code=trust_remote_code
         ),

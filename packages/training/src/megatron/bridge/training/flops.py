@@ -34,16 +34,35 @@ def forward_flops_per_token(model: Any) -> float | None:
     config = model.transformer_config()
     if config.experimental_attention_variant is not None or config.moe_latent_size is not None:
         return None
-    predicted = config.mtp_num_layers or 0
-    products = sum(_layer(config, model.seq_length, experts) for experts in _has_experts(config))
+    return config_flops_per_token(config, model.seq_length, model.padded_vocab_size)
+
+
+def config_flops_per_token(config: Any, length: int, vocabulary: int) -> float:
+    """Operations of the forward pass per token, from a config or anything with its fields. Torch-free.
+
+    Args:
+        config: sizes of the model, as Megatron-Core names them.
+        length: tokens of a sequence.
+        vocabulary: rows of the output layer.
+    """
+    predicted, kinds = config.mtp_num_layers or 0, layers_with_experts(config)
+    experts = sum(kinds)
+    products = experts * _layer(config, length, True) if experts else 0
+    products += (len(kinds) - experts) * _layer(config, length, False)
     # A prediction layer joins the hidden state with the next embedding, has one layer, and uses the output layer again.
-    joined = _layer(config, model.seq_length, _has_experts(config)[-1]) + 2 * config.hidden_size**2
-    products += predicted * joined
-    products += (1 + predicted) * config.hidden_size * model.padded_vocab_size
+    products += predicted * (_layer(config, length, kinds[-1]) + 2 * config.hidden_size**2)
+    products += (1 + predicted) * config.hidden_size * vocabulary
     return 2.0 * products
 
 
-def _has_experts(config: "TransformerConfig") -> list[bool]:
+def attention_flops_per_token(config: Any, length: int) -> float:
+    """The share of `config_flops_per_token` that scores and their products with values take; it grows with `length`."""
+    layers = config.num_layers + (config.mtp_num_layers or 0)
+    attention = _latent_attention if config.multi_latent_attention else _attention
+    return 2.0 * layers * (attention(config, length) - attention(config, 0))
+
+
+def layers_with_experts(config: Any) -> list[bool]:
     """Of each layer, whether it has experts."""
     if config.num_moe_experts is None:
         return [False] * config.num_layers

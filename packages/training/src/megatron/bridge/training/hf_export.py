@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder when a run ends."""
+"""The trained model, or its adapter alone, as a Hugging Face folder when a run ends."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.best import best_folder
 from megatron.bridge.training.callbacks import Callback
-from megatron.bridge.training.hf_side import bridge_of
+from megatron.bridge.training.hf_side import bridge_of, hf_start
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -22,14 +22,19 @@ class ExportHF(Callback):
 
     Args:
         folder: must not exist.
+        adapter: write the adapter of `cfg.peft` for Hugging Face peft, instead of the model with the adapter merged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, adapter: bool = False) -> None:
+        self.folder, self._adapter = Path(folder), adapter
 
     def on_train_start(self, run: "RunState") -> None:
         if self.folder.exists():
             raise BridgeError(f"the export folder {str(self.folder)!r} exists; choose another")
+        if self._adapter and run.cfg.peft is None:
+            raise BridgeError(
+                "there is no adapter to export: peft is not set, e.g. peft=lora; export the model instead"
+            )
         _bridge(run.cfg)
 
     def on_train_end(self, run: "RunState", result: "TrainResult") -> None:
@@ -41,7 +46,18 @@ class ExportHF(Callback):
         if run.cfg.checkpoint.save is not None and saved_iterations(best_folder(run.cfg)):
             best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
             load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
-        run.engine.save_hf(_bridge(run.cfg), run.model, self.folder)
+        if self._adapter:
+            _base(run.cfg).save_hf_adapter(run.model, self.folder)
+        else:
+            run.engine.save_hf(_bridge(run.cfg), run.model, self.folder)
+
+
+def _base(cfg: "ConfigContainer") -> Any:
+    """The bridge of the model beneath an adapter, which the adapter's files name."""
+    from megatron.bridge import AutoBridge
+
+    start = hf_start(cfg)
+    return _bridge(cfg) if start is None else AutoBridge.from_hf_pretrained(start)
 
 
 def _bridge(cfg: "ConfigContainer") -> Any:

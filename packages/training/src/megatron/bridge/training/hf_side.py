@@ -3,8 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.conversion.checkpoint_layout import LATEST_POINTER, METADATA_FILE, CheckpointError, resolve
+from megatron.bridge.conversion.checkpoint_layout import (
+    LATEST_POINTER,
+    METADATA_FILE,
+    CheckpointError,
+    iteration_folder,
+    resolve,
+)
 from megatron.bridge.conversion.hf.names import CONFIG
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.engine import engine_of
 
 if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
@@ -48,6 +56,27 @@ def _newest(origin: str) -> Path:
         return resolve(origin)
     except CheckpointError:
         return Path(origin)
+
+
+def write_hf_folder(cfg: "ConfigContainer", model: list[Any], iteration: int) -> Path:
+    """The model as a Hugging Face folder that is to become part of a checkpoint; where it lies hidden. Collective.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.conversion.megatron_checkpoint import HF_FILES
+
+    assert cfg.checkpoint.save is not None
+    target = iteration_folder(cfg.checkpoint.save, iteration)
+    # By this name the next run finds and removes what a killed one has left.
+    hidden = target.with_name(f".{target.name}.hf.partial")
+    bridge = bridge_of(cfg) or AutoBridge.from_megatron_checkpoint(str(cfg.checkpoint.load))
+    try:
+        engine_of(cfg).save_hf(bridge, model, hidden / HF_FILES, overwrite=True)
+    except BridgeError as error:
+        raise CheckpointError(f"the Hugging Face folder of {target}: {error}") from error
+    return hidden
 
 
 def load_hf(cfg: "ConfigContainer", model: list[Any], optimizer: Any) -> None:

@@ -116,11 +116,18 @@ def _collect(
         problems.append(_unknown(cfg, key, owner, name, ".".join(sections)))
     elif dataclasses.is_dataclass(getattr(owner, name)):
         problems.append(f"{key!r} is a section; set one of its fields, e.g. {_example(key, getattr(owner, name))}")
-    else:
+    elif not _is_there(getattr(owner, name), value):
         try:
             changes.append((owner, name, read(annotations[name], value)))
         except ValueError as error:
             problems.append(f"{key}: {error}")
+
+
+def _is_there(held: Any, written: Any) -> bool:
+    """Whether what is written says no more than what is held: some values can be set in Python only."""
+    from megatron.bridge.training.run_config import plain
+
+    return bool(plain(held) == written)
 
 
 def _example(key: str, section: Any) -> str:

@@ -31,13 +31,18 @@ def peft_problems(cfg: "ConfigContainer") -> Iterator[str]:
 def apply_peft(cfg: "ConfigContainer", chunks: "list[Any]") -> "list[Any]":
     """Give bare chunks the weights they start from, then the method: what it makes of weights must see these."""
     from megatron.bridge.training.checkpoint import load_weights
-    from megatron.bridge.training.hf_side import is_hf_folder, load_hf
+    from megatron.bridge.training.hf_side import bridge_of, is_hf_folder, load_hf
 
     start = cfg.checkpoint.pretrained_checkpoint
     if start is not None and is_hf_folder(start):
         load_hf(cfg, chunks, None)
     elif start is not None:
         load_weights(chunks, None, start)
+    # A provider that was written by hand, in a recipe, knows no Hugging Face names; what it starts from does.
+    bridge = bridge_of(cfg)
+    for chunk in chunks:
+        if getattr(chunk, "bridge", None) is None:
+            chunk.bridge = bridge
     bound: list[Any] = cfg.peft(chunks, training=True)
     return bound
 

@@ -21,8 +21,8 @@ class Performance:
     """Of the steps since the last look, over all ranks.
 
     Attributes:
-        metrics: `step_seconds`, `tflops_per_device`, `mfu`, `memory_gib` and seconds per step of each phase on the
-            slowest rank.
+        metrics: `step_seconds`, `tflops_per_device`, `mfu`, `memory_gib`, and seconds per step of each phase on the
+            slowest rank, over the steps whose phases were told apart.
         stragglers: a line for each phase in which a rank is much slower than the others.
     """
 
@@ -41,13 +41,12 @@ def performance(run: "RunState", sequences: int) -> Performance:
     import torch.distributed as dist
 
     mine = run.phases.taken()
-    steps = max(mine.steps, 1)
-    values = [*(second / steps for second in mine.seconds), platform.peak_memory_bytes() / 2**30]
+    values = [*mine.by_phase, mine.step, platform.peak_memory_bytes() / 2**30]
     row = torch.tensor([values], dtype=torch.float64, device=platform.device())
     table = torch.empty(dist.get_world_size(), len(values), dtype=torch.float64, device=platform.device())
     dist.all_gather_into_tensor(table, row)
     by_rank = table.tolist()
-    seconds = statistics.mean(sum(row[:-1]) for row in by_rank)
+    seconds = statistics.mean(row[-2] for row in by_rank)
     metrics = {"step_seconds": seconds, "memory_gib": max(row[-1] for row in by_rank)}
     metrics |= _speed(run, sequences, seconds, len(by_rank))
     metrics |= {f"{phase}_seconds": max(row[place] for row in by_rank) for place, phase in enumerate(PHASES)}

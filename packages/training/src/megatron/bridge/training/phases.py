@@ -10,28 +10,38 @@ PHASES = ("data_wait", "forward_backward", "gradient_sync", "optimizer", "other"
 
 
 class Taken(NamedTuple):
-    """Seconds by phase, in the order of `PHASES`, over `steps` steps."""
+    """What steps took.
 
-    seconds: list[float]
-    steps: int
+    Attributes:
+        step: seconds per step.
+        by_phase: seconds per step by phase, in the order of `PHASES`, of the steps whose phases were told apart.
+    """
+
+    step: float
+    by_phase: list[float]
 
 
 class Phases:
     """Measures phases, which may lie within each other: time counts for the innermost.
 
     Use it as `with phases("optimizer"):`. On a GPU the host runs ahead of the device; the phases end where it waits for
-    the device in any case, or where `finish_gradients` makes it wait.
+    the device in any case, or where `finish_gradients` makes it wait. That costs time, so not every step need do it.
 
     Attributes:
+        told_apart: whether this step's phases are measured, or only the whole of it.
         marked: the phases show up in profiles.
     """
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._open: list[str] = []
         self._since = 0.0
-        self._steps = 0
+        self.told_apart = True
         self.marked = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._told_apart, self._whole, self._steps = 0, 0.0, 0
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -48,9 +58,12 @@ class Phases:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """A step, with its phases within."""
+        begin = time.perf_counter()
         with self("other"):
             yield
+        self._whole += time.perf_counter() - begin
         self._steps += 1
+        self._told_apart += self.told_apart
 
     def waiting(self, data: Any) -> Any:
         """`data`, with the time that each batch takes counted as waiting for data."""
@@ -58,13 +71,14 @@ class Phases:
 
     def taken(self) -> Taken:
         """What was measured since the last call."""
-        found = Taken(list(self._seconds.values()), self._steps)
-        self._seconds, self._steps = dict.fromkeys(PHASES, 0.0), 0
+        measured = max(self._told_apart, 1)
+        found = Taken(self._whole / max(self._steps, 1), [each / measured for each in self._seconds.values()])
+        self._forget()
         return found
 
     def _charge(self) -> None:
         now = time.perf_counter()
-        if self._open:
+        if self._open and self.told_apart:
             self._seconds[self._open[-1]] += now - self._since
         self._since = now
 

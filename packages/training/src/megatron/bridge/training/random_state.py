@@ -1,20 +1,21 @@
 """The random state of a rank, as one sharded object of a checkpoint.
 
-Which ranks share a state is the engine's business: data-parallel replicas do.
+Which ranks share one is the engine's business; see `Engine.random_place`.
 """
 
 import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.engine import Engine
 
 
-def random_state(engine: "Engine") -> Any:
+def random_state(engine: "Engine", cfg: "ConfigContainer") -> Any:
     """`state_of_this_rank`, to be saved or to be loaded into."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    sizes, place, copy = engine.random_place()
+    sizes, place, copy = engine.random_place(cfg)
     return ShardedObject("rng_state", state_of_this_rank(), sizes, place, replica_id=copy)
 
 

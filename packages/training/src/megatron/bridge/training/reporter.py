@@ -61,6 +61,10 @@ class Reporter:
         for logger in self._loggers.values():
             logger.close()
 
+    def due(self, iteration: int) -> bool:
+        """Whether a step is one that is logged."""
+        return iteration % self._cfg.logger.log_interval == 0 or iteration == self._cfg.train.total_iters
+
     def step(self, iteration: int, result: "StepResult", others: Callable[[], Mapping[str, float]] = dict) -> None:
         """Report a finished step, where it is one that is logged.
 
@@ -70,7 +74,7 @@ class Reporter:
             others: further metrics of it; called on every rank, for steps that are logged.
         """
         self._tokens += result.tokens
-        if iteration % self._cfg.logger.log_interval and iteration != self._cfg.train.total_iters:
+        if not self.due(iteration):
             return
         now = time.monotonic()
         metrics: dict[str, float | int | bool] = {

@@ -18,7 +18,7 @@ _FILE = "samples.jsonl"
 class GenerationSamples(Callback):
     """Answers prompts, written as the run's data are, after each evaluation: shown, and added to `samples.jsonl`.
 
-    Works at every layout; each token is one forward pass over the whole text, so keep prompts few and answers short.
+    Works at every layout; where the model has no cache of keys and values, each token is a pass over the whole text.
 
     Args:
         prompts: what a user would say.
@@ -49,20 +49,17 @@ def answer(model: list[Any], tokenizer: Any, text: str, max_new_tokens: int, seq
         seq_length: positions that the model has.
     """
     import torch
-    from megatron.core import parallel_state
 
-    from megatron.bridge.conversion.logits import megatron_logits
+    from megatron.bridge.models.generation import generate
     from megatron.bridge.platform import device
 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    stops, start = set(tokenizer.all_special_ids), len(ids)
-    # Ranks that share a sequence hold equal parts of it; what fills up stands behind, where no token looks.
-    parts = 2 * parallel_state.get_context_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
-    while len(ids) < min(start + max_new_tokens, seq_length) and not (len(ids) > start and ids[-1] in stops):
-        filled = torch.tensor([ids + ids[-1:] * (-len(ids) % parts)], device=device())
-        logits = megatron_logits(model, filled)[0, len(ids) - 1, : len(tokenizer)]
-        ids.append(int(logits.argmax()))
-    return str(tokenizer.decode(ids[start:], skip_special_tokens=False))
+    room = min(max_new_tokens, seq_length - len(ids))
+    if room < 1:
+        return ""
+    prompt, stops = torch.tensor([ids], device=device()), tokenizer.all_special_ids
+    said = [int(token[0]) for token in generate(model, prompt, room, stops=stops, vocab_size=len(tokenizer))]
+    return str(tokenizer.decode(said, skip_special_tokens=False))
 
 
 def _written(cfg: "ConfigContainer", prompts: Sequence[str]) -> tuple[Any, list[str]]:

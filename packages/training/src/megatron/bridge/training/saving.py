@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -56,10 +57,25 @@ class Saver:
         """
         self.settle()
         self._iteration, self._failures = self._run.progress.iteration, 0
-        self._pending = start_save(self._run, Path(tempfile.mkdtemp(dir=self._scratch.name)))
+        self._pending = self._begun(last=last)
+        if self._pending is None:
+            return
         self._pending.write()
         if last or not self._settings.async_save:
             self.settle(last=last)
+
+    def _begun(self, *, last: bool) -> "CheckpointSave | None":
+        """A save that is about to write; None where not even that could be, and the run goes on without."""
+        while True:
+            try:
+                return start_save(self._run, Path(tempfile.mkdtemp(dir=self._scratch.name)))
+            except CheckpointError as error:
+                self._tell(error)
+                if self._failures == self._settings.save_retries:
+                    self._give_up(error, last=last)
+                    return None
+                time.sleep(2**self._failures)
+                self._failures += 1
 
     def look(self) -> None:
         """Finish a save in the background whose bytes are all written; wait for none."""
@@ -91,11 +107,18 @@ class Saver:
         forget_older(self._settings)
 
     def _failed(self, pending: "CheckpointSave", error: CheckpointError, *, last: bool) -> None:
-        self._reporter.message(f"saving step {self._iteration} failed: {error}")
+        self._tell(error)
         if self._failures < self._settings.save_retries:
             pending.write(wait=2**self._failures)
             self._failures += 1
             return
         self._pending = None
+        self._give_up(error, last=last)
+
+    def _tell(self, error: CheckpointError) -> None:
+        self._reporter.message(f"saving step {self._iteration} failed: {error}")
+
+    def _give_up(self, error: CheckpointError, *, last: bool) -> None:
+        forget_leftovers(self._settings)
         if last or not self._settings.go_on_without:
             raise error

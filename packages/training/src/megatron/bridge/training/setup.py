@@ -67,7 +67,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
         ddp_config=cfg.ddp,
         wrap_with_ddp=True,
         pre_wrap_hook=None if cfg.peft is None else partial(apply_peft, cfg),
-        seed=cfg.rng.seed,
+        seed=_seed_of_replica(cfg),
     )
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer)
@@ -86,6 +86,18 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
         load_hf(cfg, model, optimizer)
     run.train_data = [run.phases.waiting(each) for each in training_batches(run, train_set)]
     return run
+
+
+def _seed_of_replica(cfg: "ConfigContainer") -> int:
+    """The seed of this rank's replica, with which Python, NumPy and torch are seeded anew where it is its own."""
+    from megatron.core import parallel_state
+
+    if not cfg.rng.data_parallel_random_init:
+        return cfg.rng.seed
+    # As far apart as Megatron-LM's.
+    seed: int = cfg.rng.seed + 10 * parallel_state.get_data_parallel_rank()
+    seed_everything(seed)
+    return seed
 
 
 def seed_everything(seed: int) -> None:

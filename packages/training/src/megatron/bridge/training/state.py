@@ -13,6 +13,7 @@ from megatron.bridge.training.engine import Engine, engine_of
 from megatron.bridge.training.fault_tolerance import Guard
 from megatron.bridge.training.flops import step_flops
 from megatron.bridge.training.phases import Phases
+from megatron.bridge.training.tally import Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ class RunState:
         stop_requested: why a callback wants the run to end.
         notices: what is to be told when the loop starts.
         phases: where the time of the steps goes.
+        tally: what the loss function tells besides the loss.
         guard: watches for steps that go wrong.
     """
 
@@ -67,6 +69,7 @@ class RunState:
     notices: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     phases: Phases = field(default_factory=Phases)
+    tally: Tally = field(default_factory=Tally)
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:

@@ -76,8 +76,9 @@ def compute_gradients(run: "RunState", forward_step: Any, data: list["Batches"])
 
 def finish_gradients(run: "RunState", *arguments: Any, **settings: Any) -> None:
     """Reduce the gradients of all micro-batches, as Megatron-Core's schedule asks for when it has them."""
-    # The device may still be computing what the host has asked for.
-    platform.synchronize()
+    if run.phases.told_apart:
+        # The device may still be computing what the host has asked for.
+        platform.synchronize()
     with run.phases("gradient_sync"):
         _reduce(run, *arguments, **settings)
 

@@ -49,6 +49,7 @@ def train(run: "RunState", forward_step: Any) -> TrainResult:
         if settings.skip_train:
             valid_loss, last = evaluate_and_print_results(run, forward_step, reporter), progress.iteration
         while progress.iteration < last and stopped_by is None:
+            run.phases.told_apart = reporter.due(progress.iteration + 1) or run.cfg.logger.straggler_factor is not None
             with profiler.step(progress.iteration):
                 result = train_step(run, forward_step)
             progress.iteration += 1
@@ -90,7 +91,7 @@ def _others(run: "RunState", result: "StepResult", reporter: Reporter) -> dict[s
     found = performance(run, result.sequences)
     for line in found.stragglers:
         reporter.message(line)
-    return auxiliary_losses(run, run.num_microbatches(result.sequences)) | found.metrics
+    return auxiliary_losses(run, run.num_microbatches(result.sequences)) | run.tally.means() | found.metrics
 
 
 def _due(interval: int | None, iteration: int) -> bool:

@@ -14,12 +14,14 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.batch_sizes import ramp_problem
 from megatron.bridge.training.comm_overlap import apply_overlap, engine_problems, overlap_problems
 from megatron.bridge.training.engine import engine_of
+from megatron.bridge.training.forward_steps import forward_step_problems
 from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
 from megatron.bridge.training.mixed_precision import apply_precision, precision_problems
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path
 from megatron.bridge.training.peft_section import peft_problems
 from megatron.bridge.training.profiler import machine_problems, profiling_problems, rank_problems
+from megatron.bridge.training.same_model import other_model_problems
 from megatron.bridge.training.scheduler import decay_samples, final_fall_samples, warmup_samples, weight_decay_range
 from megatron.bridge.training.secrets import secret_problems
 
@@ -150,6 +152,21 @@ def _lengths(cfg: "ConfigContainer") -> Iterator[str]:
         yield "train.skip_train=True leaves the evaluation, and train.eval_interval is not set: there is nothing to do"
 
 
+def parallel_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
+    """What is wrong with how model and batch are divided over ranks; only sizes of `model` and `train` are asked."""
+    yield from _layout_problems(cfg, world_size)
+    yield from _model_parts(cfg.model)
+
+
+def _model_parts(model: Any) -> Iterator[str]:
+    yield from _sequence_parts(model)
+    if getattr(model, "num_moe_experts", None) and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        yield (
+            f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size="
+            f"{model.tensor_model_parallel_size} trains with model.sequence_parallel=true only; set it"
+        )
+
+
 def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
     train, engine = cfg.train, engine_of(cfg)
     if misfits := list(engine.layout_problems(cfg, world_size)):
@@ -193,16 +210,8 @@ def _model(cfg: "ConfigContainer") -> Iterator[str]:
         model.transformer_config()
     except BridgeError as error:
         yield f"model: {error}"
-    tensor = model.tensor_model_parallel_size
-    yield from _sequence_parts(model)
+    yield from _model_parts(model)
     yield from _recompute(model)
-    if getattr(model, "multi_latent_attention", False):
-        yield "model.multi_latent_attention=True is not supported by this training loop yet; leave it unset"
-    if getattr(model, "num_moe_experts", None) and tensor > 1 and not model.sequence_parallel:
-        yield (
-            f"model.num_moe_experts={model.num_moe_experts} with model.tensor_model_parallel_size={tensor} trains with "
-            "model.sequence_parallel=true only; set it"
-        )
     dtype = _dtype_name(model)
     for flag, name in _LOW_PRECISION.items():
         if (dtype == name) != bool(getattr(model, flag)):
@@ -357,7 +366,7 @@ def _packing(cfg: "ConfigContainer") -> Iterator[str]:
 
 def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
     checkpoint = cfg.checkpoint
-    for name in ("save_interval", "async_save", "most_recent_k"):
+    for name in ("save_interval", "async_save", "most_recent_k", "save_hf"):
         if getattr(checkpoint, name) and checkpoint.save is None:
             yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
     if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
@@ -370,9 +379,12 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
         start = None if resumed is None else newest_whole(resumed)
     except BridgeError as error:
         yield f"checkpoint.load: {error}"
+    if start is not None:
+        yield from other_model_problems("checkpoint.load", start.folder, cfg)
     try:
-        if pretrained is not None and not is_hf_folder(pretrained):
-            resolve(pretrained)
+        if pretrained is not None:
+            weights = Path(pretrained) if is_hf_folder(pretrained) else resolve(pretrained)
+            yield from other_model_problems("checkpoint.pretrained_checkpoint", weights, cfg)
     except BridgeError as error:
         yield f"checkpoint.pretrained_checkpoint: {error}"
     if checkpoint.save is not None:
@@ -381,8 +393,7 @@ def _checkpoint(cfg: "ConfigContainer") -> Iterator[str]:
             yield f"checkpoint.save={checkpoint.save!r}: {refused}; save into another folder"
         else:
             yield from _save_folder(Path(checkpoint.save), start)
-    if checkpoint.hf_save_path is not None:
-        yield from _hf_folder(cfg, Path(checkpoint.hf_save_path))
+    yield from _hf_side(cfg)
 
 
 def _profiling(cfg: "ConfigContainer") -> Iterator[str]:
@@ -433,12 +444,17 @@ def _logger(cfg: "ConfigContainer") -> Iterator[str]:
         yield f"logger.options has settings for {name!r}, which is none of the run's loggers; add it to logger.loggers"
 
 
-def _hf_folder(cfg: "ConfigContainer", folder: Path) -> Iterator[str]:
-    if not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
-        yield (
-            "checkpoint.hf_save_path is set, and nothing tells which Hugging Face model this is; make the provider "
-            "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
-        )
+def _hf_side(cfg: "ConfigContainer") -> Iterator[str]:
+    for name in ("hf_save_path", "save_hf"):
+        asked = getattr(cfg.checkpoint, name)
+        if asked and not (getattr(cfg.model, "bridge", None) or hf_start(cfg) or kept_hf_files(cfg)):
+            yield (
+                f"checkpoint.{name} is set, and nothing tells which Hugging Face model this is; make the provider "
+                "with AutoBridge.to_megatron_provider(), or start from a checkpoint that holds the Hugging Face files"
+            )
+    if cfg.checkpoint.hf_save_path is None:
+        return
+    folder = Path(cfg.checkpoint.hf_save_path)
     refused = "it is there already" if os.path.lexists(folder) else _refused_folder(folder)
     if refused:
         yield f"checkpoint.hf_save_path={str(folder)!r}: {refused}; write into another folder"
@@ -500,6 +516,7 @@ _CHECKS = (
     overlap_problems,
     _secrets,
     peft_problems,
+    forward_step_problems,
 )
 # What can be proven only where the run's files, or the machine that it runs on, are.
 _CHECKS_BY_SIGHT = {

@@ -1,39 +1,45 @@
-"""Activation functions by the names that Hugging Face configurations use."""
+"""Activation functions by the names that Hugging Face configurations use. torch is loaded when one is looked up."""
 
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError, did_you_mean
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def gelu_tanh(x: Tensor) -> Tensor:
+
+def gelu_tanh(x: "Tensor") -> "Tensor":
     """GELU by its tanh approximation."""
+    from torch.nn import functional
+
     return functional.gelu(x, approximate="tanh")
 
 
-def quick_gelu(x: Tensor) -> Tensor:
+def quick_gelu(x: "Tensor") -> "Tensor":
     """GELU by a sigmoid (arXiv:1606.08415)."""
+    import torch
+
     return x * torch.sigmoid(1.702 * x)
 
 
-def squared_relu(x: Tensor) -> Tensor:
+def squared_relu(x: "Tensor") -> "Tensor":
     """ReLU squared (arXiv:2109.08668)."""
-    return torch.square(functional.relu(x))
+    import torch
+
+    return torch.square(torch.relu(x))
 
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "gelu": functional.gelu,
+# A text is a name in torch.nn.functional.
+ACTIVATIONS: dict[str, str | Callable[..., Any]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
     "gelu_new": gelu_tanh,
     "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
-    "relu": functional.relu,
+    "relu": "relu",
     "relu2": squared_relu,
 }
 
@@ -49,4 +55,9 @@ def activation(name: str) -> Callable[..., Any]:
             f"config.json: the activation {name!r} is not supported in this family"
             f"{did_you_mean(name, ACTIVATIONS)} (known: {', '.join(ACTIVATIONS)})"
         )
-    return ACTIVATIONS[name]
+    found = ACTIVATIONS[name]
+    if not isinstance(found, str):
+        return found
+    from torch.nn import functional
+
+    return getattr(functional, found)

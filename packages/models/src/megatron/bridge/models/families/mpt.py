@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.models.families.activations import ACTIVATIONS
+from megatron.bridge.models.families.activations import activation
 from megatron.bridge.models.families.dense import DenseBridge
 from megatron.bridge.models.fragments import HFNames
 
@@ -42,7 +42,7 @@ class MptBridge(DenseBridge):
         return {"position_embedding_type": "none"}
 
     def activation_function(self) -> Any:
-        return ACTIVATIONS["gelu"]
+        return activation("gelu")
 
     def differences(self) -> Mapping[str, Any]:
         config, attention = self.hf_config, self.hf_config.attn_config

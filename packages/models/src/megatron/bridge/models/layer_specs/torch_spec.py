@@ -11,7 +11,6 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.biased_experts import with_fresh_outputs
 from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts, stock_block, with_layers
 from megatron.bridge.models.layer_specs.gated_attention import GatedSelfAttention
-from megatron.bridge.models.layer_specs.linear_attention import with_linear_attention
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
@@ -38,6 +37,9 @@ def build(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBloc
     block = stock_block(config, vp_stage, engine=False, replaced="gated_delta_net")
     block = with_layers(block, lambda layer: with_torch_modules(layer, config))
     if config.experimental_attention_variant == "gated_delta_net":
+        # Megatron-Core's state-space modules, and with them Triton's, are imported for models that have such layers.
+        from megatron.bridge.models.layer_specs.linear_attention import with_linear_attention
+
         block = with_linear_attention(block, config, vp_stage)
     return dataclasses.replace(block, layer_norm=torch_norm)
 

@@ -1,0 +1,1 @@
+"""VeRA for Megatron Bridge."""

@@ -1,0 +1,1 @@
+"""`megatron-bridge recipes`: look at recipes, compare and copy them. Torch-free."""
