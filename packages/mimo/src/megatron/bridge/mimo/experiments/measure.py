@@ -61,7 +61,7 @@ class _Ledger:
             hooks.append(module.register_forward_pre_hook(partial(self._forward_begins, name)))
             hooks.append(module.register_forward_hook(partial(self._forward_ends, name)))
         for name, place in _EXCHANGES.items():
-            setattr(dist, name, self._timed(kept[name], lambda args, place=place: args[min(place, len(args) - 1)]))
+            setattr(dist, name, self._timed(kept[name], place))
         dist.batch_isend_irecv = self._timed_batch(kept["batch_isend_irecv"])
         try:
             yield
@@ -78,7 +78,7 @@ class _Ledger:
         # What was exchanged within it is not the module's own.
         self.forward[name] += time.perf_counter() - self.exchange_seconds
 
-    def _timed(self, function: Callable[..., Any], moved: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], place: int) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             try:
@@ -86,7 +86,7 @@ class _Ledger:
             finally:
                 self.exchange_seconds += time.perf_counter() - started
                 if args:
-                    self.exchange_bytes += int(moved(args).nbytes)
+                    self.exchange_bytes += int(args[min(place, len(args) - 1)].nbytes)
 
         return timed
 
