@@ -1,1 +1,0 @@
-"""Placements measured side by side: one YAML file each, one report over all."""
