@@ -133,6 +133,6 @@ def digits_vlm_config(mode: str = "colocated") -> ConfigContainer:
             eval_iters=HELD_OUT_SAMPLES // 200,
         ),
         optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4, weight_decay=0.01, clip_grad=1.0),
-        scheduler=SchedulerConfig(lr_warmup_iters=20),
+        scheduler=SchedulerConfig(lr_warmup_iters=20, lr_decay_iters=300),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
     )
