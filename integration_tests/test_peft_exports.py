@@ -40,11 +40,9 @@ MAMBA = Mamba2Config(
 CONFIGS = MODELS | {"mamba2": MAMBA}
 METHODS: dict[str, dict[str, Any]] = {
     "llama": {
-        "lora": LoRA(dim=4, dropout=0.1),
-        "rank-stabilised lora": LoRA(dim=4, use_rslora=True, rank_pattern={"linear_proj": 2}),
+        "lora": LoRA(dim=4, dropout=0.1, use_rslora=True, rank_pattern={"linear_proj": 2}),
         "pissa": LoRA(dim=4, init_lora_weights="pissa", target_modules=["linear_qkv", "linear_fc2"]),
         "olora": LoRA(dim=4, init_lora_weights="olora", target_modules=["linear_proj", "linear_fc1"]),
-        "orthogonal": LoRA(dim=4, init_lora_weights="orthogonal", target_modules=["linear_fc1"]),
         "canonical lora": CanonicalLoRA(dim=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]),
         "dora": DoRA(dim=4),
         "ia3": IA3(),
@@ -52,7 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "qwen3 moe": {
         "lora": LoRA(dim=4),
         "lora shared by the experts": LoRA(dim=4, share_experts=True),
-        "dora": DoRA(dim=4, target_modules=["linear_qkv", "linear_proj"]),
     },
     "mamba2": {"lora": LoRA(dim=4, target_modules=["in_proj"])},
 }

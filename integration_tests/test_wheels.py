@@ -66,7 +66,7 @@ def in_clean(bin_folder: Path, folder: Path, *command: str) -> subprocess.Comple
 
 
 def test_every_package_is_a_wheel(wheels: dict[str, Path]) -> None:
-    assert wheels.keys() == PACKAGES | {"internlm2-bridge", "primus-bridge"}
+    assert wheels.keys() == PACKAGES | {"internlm2-bridge", "primus-bridge", "vera-bridge"}
 
 
 def test_no_two_wheels_ship_the_same_file(wheels: dict[str, Path]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.bridge.testing.layouts import ALL_LAYOUTS, CONTEXT_LAYOUTS, CP, EP, SP, TP, ranks_of
+from megatron.bridge.testing.layouts import ALL_LAYOUTS, CONTEXT_LAYOUTS, EP, SP, TP, ranks_of
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = DISTRIBUTED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -60,7 +60,18 @@ BALANCED = {name: each for name, each in EXPERTS.items() if "micro_batch_size" n
 FEW = {name: EXPERTS[name] for name in (ONE, "ep2", "tp2ep2sp")}
 # Multi-latent attention is not divided along sequences.
 LATENT = {
-    name: each for name, each in EXPERTS.items() if CP not in each.fields and "micro_batch_size" not in each.settings
+    name: EXPERTS[name]
+    for name in (
+        ONE,
+        "sp2",
+        "pp2",
+        "vpp2",
+        "ep2",
+        "tp2ep2sp",
+        "pp2ep2",
+        "sp2ep2, experts divided",
+        "dp2ep2, distributed optimizer",
+    )
 }
 LATENT_FEW = {name: LATENT[name] for name in (ONE, "sp2", "pp2", "ep2")}
 # What every run of the tests trains; `just parity` trains all.

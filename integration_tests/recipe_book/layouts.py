@@ -10,7 +10,7 @@ from megatron.bridge.training.planner.hardware import cluster
 from megatron.bridge.training.planner.plan import best
 
 PLACES: Mapping[str, tuple[str, ...]] = {
-    "pretrain": ("8xA100", "8xH100", "64xH100", "512xH100", "8xB200", "64xB200"),
+    "pretrain": ("8xA100", "8xH100", "64xH100", "512xH100", "576xH100", "8xB200", "64xB200"),
     "finetune": ("8xA100", "8xH100", "64xH100", "8xB200"),
 }
 

