@@ -34,6 +34,10 @@ zoo *args:
 parity *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m parity {{args}}
 
+# Train a vision-language model at every MIMO placement beside transformers (docs/mimo-parity.md).
+mimo-parity:
+    PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m mimo_parity
+
 # Write the recipes' entry points and layouts, try a tiny variant of each, and record it (docs/recipe-book.md).
 recipes *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m recipe_book {{args}}

@@ -1,8 +1,8 @@
 """Writes a model spread over ranks to one complete Hugging Face folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron.bridge import platform
 from megatron.bridge.conversion.hf import HFFolderWriter, copy_companions, write_config
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.dtype_policy import DtypePolicy
+    from megatron.bridge.conversion.plan import Plan
+    from megatron.bridge.conversion.transforms import Shape
 
 # Weights gathered in one go: enough that the number of small weights does not matter.
 _BUCKET_BYTES = 64 * 2**20
@@ -38,9 +40,50 @@ def save_hf_folder(
 ) -> Path:
     """See `AutoBridge.save_hf_pretrained`. Collective."""
     exporter = Exporter(model, bridge.weight_table(), f"export to {path}", dtype=dtype)
+    return save_export(
+        bridge,
+        exporter,
+        path,
+        companions=companions,
+        overwrite=overwrite,
+        show_progress=show_progress,
+        distributed_save=distributed_save,
+        max_shard_bytes=max_shard_bytes,
+        quantization=quantization,
+    )
+
+
+class Export(Protocol):
+    """A model's Hugging Face weights, in an order that is the same on every rank: `Exporter`, or like it."""
+
+    @property
+    def plan(self) -> "Plan": ...
+
+    @property
+    def hf_shapes(self) -> "Mapping[str, Shape]": ...
+
+    @property
+    def dtypes(self) -> "Mapping[str, torch.dtype]": ...
+
+    def stream(self, bucket_bytes: int) -> "Iterator[Mapping[str, torch.Tensor]]": ...
+
+
+def save_export(
+    bridge: "AutoBridge",
+    exporter: Export,
+    path: Path,
+    *,
+    companions: bool = True,
+    overwrite: bool = False,
+    show_progress: bool = False,
+    distributed_save: bool = True,
+    max_shard_bytes: float = 5e9,
+    quantization: str | None = None,
+) -> Path:
+    """`save_hf_folder` of what an export gives. Collective over the world."""
     encoder = encoder_of(quantization, exporter.plan, f"export to {path}")
     dtypes = exporter.dtypes
-    tensors = {name: (shape, dtypes[name]) for name, shape in exporter.plan.hf_shapes.items()}
+    tensors = {name: (shape, dtypes[name]) for name, shape in exporter.hf_shapes.items()}
     written = encoder.specs(tensors)
     writer = _open_together(path, written, max_shard_bytes, overwrite)
     try:
@@ -70,7 +113,7 @@ def _open_together(path: Path, tensors: Any, max_shard_bytes: float, overwrite: 
 
 def _write_share(
     writer: HFFolderWriter,
-    exporter: Exporter,
+    exporter: Export,
     encoder: Encoder,
     distributed: bool,
     show_progress: bool,
@@ -81,7 +124,7 @@ def _write_share(
     # Every rank takes part in the gathering of every weight, so a failed write is kept until all are through.
     failure: Exception | None = None
     weights = (pair for bucket in exporter.stream(_BUCKET_BYTES) for pair in bucket.items())
-    for name, tensor in tracked(weights, len(exporter.plan.hf_shapes), "export", shown=show_progress):
+    for name, tensor in tracked(weights, len(exporter.hf_shapes), "export", shown=show_progress):
         outputs = encoder.outputs(name)
         if failure is None and not mine.isdisjoint(outputs):
             try:

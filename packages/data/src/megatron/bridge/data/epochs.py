@@ -30,6 +30,7 @@ class Reshuffled(Dataset[Any]):
             raise BridgeError("the dataset is empty: there is nothing to draw from, in any order")
         self.dataset, self.seed = dataset, seed
         self.notices = getattr(dataset, "notices", ())
+        self.collate = getattr(dataset, "collate", None)
         self._epoch = -1
         self._order: NDArray[np.int64]
 

@@ -82,7 +82,8 @@ def build_data_iterator(
     `attention_mask`, [micro_batch, 1, seq, seq], is there when the dataset makes one.
 
     Args:
-        dataset: a map-style dataset whose order is its own (Megatron-Core's are shuffled when built).
+        dataset: a map-style dataset whose order is its own (Megatron-Core's are shuffled when built). Samples that
+            are more than tensors of one shape are put together by a function `collate` of its own.
         micro_batch_size, global_batch_size: samples per forward on one rank, and per step on all ranks; the latter may
             be a function that gives it from the samples drawn before the step.
         dp_rank, dp_size: this rank's place among the data-parallel ranks.
@@ -101,7 +102,7 @@ def build_data_iterator(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=getattr(dataset, "collate", None) or _collate,
         generator=torch.Generator().manual_seed(seed),
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_rank,

@@ -126,13 +126,18 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
         return config
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+        pg_collection: Any = None,
     ) -> torch.nn.Module:
         """One chunk of the model, for this rank's pipeline stage, on this process's device.
 
         Args:
             pre_process, post_process: hold the embedding, the output layer; None asks the pipeline stage.
             vp_stage: virtual pipeline stage, or None without virtual stages.
+            pg_collection: Megatron-Core's collection of process groups; None for those of its parallel state.
         """
         from megatron.bridge.models.biases import with_biases
         from megatron.bridge.models.layer_specs.prediction import prediction_block
@@ -147,6 +152,7 @@ class GPTModelProvider(ModelProvider, BlockVariant, TransformerConfig):
             config=config,
             transformer_layer_spec=spec,
             mtp_block_spec=prediction_block(spec, config, engine=engine, vp_stage=vp_stage),
+            pg_collection=pg_collection,
             **self._model_arguments(pre_process, post_process, vp_stage),
         )
         return self._finished(model, layer_spec)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -69,7 +70,11 @@ class HybridModelProvider(GPTModelProvider):
         return problems
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+        pg_collection: Any = None,
     ) -> torch.nn.Module:
         """One chunk of the model, for this rank's pipeline stage, on this process's device; see `GPTModelProvider`."""
         from megatron.bridge.models.hybrid_model import BridgeHybridModel
@@ -80,6 +85,7 @@ class HybridModelProvider(GPTModelProvider):
             config=config,
             hybrid_stack_spec=build_hybrid(config, self._mixer()),
             hybrid_layer_pattern=self.hybrid_layer_pattern,
+            pg_collection=pg_collection,
             **self._model_arguments(pre_process, post_process, vp_stage),
         )
         return self._finished(model, "torch")

@@ -100,19 +100,29 @@ class T5ModelProvider(GPTModelProvider):
         return super().provide_distributed_model(ddp_config, wrap_with_ddp, pre_wrap_hook, seed)
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+        pg_collection: Any = None,
     ) -> torch.nn.Module:
         """The model, or on two pipeline stages the encoder or the decoder, on this process's device.
 
         Args:
             pre_process, post_process: hold the encoder, the decoder; None asks the pipeline stage.
             vp_stage: None; T5 has no virtual stages.
+            pg_collection: None; T5 stands on Megatron-Core's parallel state.
+
+        Raises:
+            BridgeError: groups of the caller's own.
         """
         from megatron.core import parallel_state
 
         from megatron.bridge.models.layer_specs.t5_spec import decoder_block, encoder_block
         from megatron.bridge.models.t5_model import BridgeT5Model
 
+        if pg_collection is not None:
+            raise BridgeError("T5 cannot stand on process groups of its own; build it with provide_distributed_model()")
         config = self.transformer_config()
         encoder = self.replace(num_layers=self.encoder_num_layers or self.num_layers).transformer_config()
         encoder.perform_initialization = config.perform_initialization

@@ -158,3 +158,9 @@ def features(tower: Any, vision: Vision, inputs: Mapping[str, Any]) -> list[Feat
     for name in left.keys() - vision.position_inputs:
         raise BridgeError(f"the model takes no input {name!r}{did_you_mean(name, known)} (besides tokens: {known})")
     return found
+
+
+def nothing_of(tower: nn.Module) -> Tensor:
+    """Zero, made of every weight of the tower: overlapped gradient reduction waits for all, used or not."""
+    firsts = [parameter.reshape(-1)[0] for parameter in tower.parameters() if parameter.requires_grad]
+    return torch.stack(firsts).sum() * 0 if firsts else torch.zeros(())

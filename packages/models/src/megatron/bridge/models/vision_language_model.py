@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.gpt_model import BridgeGPTModel
-from megatron.bridge.models.vision_half import Features, Vision, build_tower, features
+from megatron.bridge.models.vision_half import Features, Vision, build_tower, features, nothing_of
 
 _OF_THE_LANGUAGE_MODEL = frozenset(inspect.signature(GPTModel.forward).parameters)
 # What transformers' processors tell about the kinds of tokens; it follows from the tokens.
@@ -131,14 +131,9 @@ class VisionLanguageModel(MegatronModule):
             places = types == each.modality.token_type
             rows = rows.masked_scatter(places[..., None], torch.cat(tuple(each.images)).to(rows.dtype))
         if self.training and torch.is_grad_enabled():
-            rows = rows + self._nothing().to(rows.dtype)
+            rows = rows + nothing_of(self.vision).to(rows.dtype)
         self._added = [self._scattered(layer) for layer in self._deepstack(found, types, rows)]
         return self._scattered(rows.transpose(0, 1))
-
-    def _nothing(self) -> Tensor:
-        """Zero, made of every weight of the tower: overlapped gradient reduction waits for all, used or not."""
-        firsts = [parameter.reshape(-1)[0] for parameter in self.vision.parameters() if parameter.requires_grad]
-        return torch.stack(firsts).sum() * 0 if firsts else torch.zeros(())
 
     def _deepstack(self, found: list[Features], types: Tensor, like: Tensor) -> list[Tensor]:
         """Per layer, what is added to its output [sequence, batch, hidden]: zero but for the images' tokens."""

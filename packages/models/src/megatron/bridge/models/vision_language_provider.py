@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,7 +45,11 @@ class VisionLanguageProvider(GPTModelProvider):
         return super().transformer_config()
 
     def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+        pg_collection: Any = None,
     ) -> torch.nn.Module:
         """As `GPTModelProvider.provide`; the first chunk has tower and projector too.
 
@@ -56,7 +61,7 @@ class VisionLanguageProvider(GPTModelProvider):
         if self.vision is None:
             raise BridgeError("VisionLanguageProvider.vision is not set; use GPTModelProvider for a model of text")
         self._refuse_divided_deepstack(self.vision.deepstack)
-        language = super().provide(pre_process, post_process, vp_stage)
+        language = super().provide(pre_process, post_process, vp_stage, pg_collection)
         return VisionLanguageModel(language, self.vision, initialized=not self.loads_weights)  # type: ignore[arg-type]
 
     def _refuse_divided_deepstack(self, layers: int) -> None:

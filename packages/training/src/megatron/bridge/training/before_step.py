@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.conversion.live_weights import as_chunks
 from megatron.bridge.training.random_state import put_back, state_of_this_rank
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ class BeforeStep:
     """
 
     def __init__(self, run: "RunState") -> None:
-        self._model = run.model
+        self._model = as_chunks(run.model)
         self._random = state_of_this_rank()
         # Routers count tokens and move their biases during the passes.
-        self._buffers = [{name: value.clone() for name, value in chunk.module.named_buffers()} for chunk in run.model]
+        self._buffers = [{name: value.clone() for name, value in chunk.named_buffers()} for chunk in self._model]
         self._drawn: list[list[dict[str, Tensor]] | None] = [None if data is None else [] for data in run.train_data]
         self.recorded: list[Batches] = [
             None if data is None or kept is None else _keeping(data, kept)
@@ -37,7 +38,7 @@ class BeforeStep:
     def restore_buffers(self) -> None:
         """Put the buffers back, as if the step had not been."""
         for chunk, saved in zip(self._model, self._buffers, strict=True):
-            for name, value in chunk.module.named_buffers():
+            for name, value in chunk.named_buffers():
                 value.copy_(saved[name])
 
     def replayed(self) -> "list[Batches]":

@@ -17,9 +17,9 @@ from megatron.bridge.conversion.megatron_checkpoint import BESIDES_WEIGHTS, fill
 from megatron.bridge.conversion.rank_agreement import on_every_rank
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.data import stream_states as states_of_streams
+from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.hf_side import is_hf_folder, write_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
-from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 from megatron.bridge.training.parameter_sync import whole_parameters
 from megatron.bridge.training.peft_section import fill_trained_part, trained_part
 from megatron.bridge.training.random_state import put_back, random_state
@@ -93,7 +93,7 @@ def start_save(run: "RunState", scratch: Path) -> dist_checkpoint.CheckpointSave
     """
     in_background = run.cfg.checkpoint.async_save
     parts = run.model, run.optimizer, run.scheduler
-    run.progress.stream_states = states_of_streams(run.streams)
+    run.progress.stream_states = states_of_streams(run.cfg, run.streams)
     held = {
         "logger_states": dict(run.logger_states),
         "guard_state": dict(run.guard.state_dict()),
@@ -114,19 +114,19 @@ def _start_save(
 ) -> dist_checkpoint.CheckpointSave:
     if cfg.checkpoint.save is None:
         raise BridgeError("checkpoint.save is not set: there is no folder to save the checkpoint into")
+    engine = engine_of(cfg)
     with whole_parameters(model):
         state = _trained_state(model, cfg) | {
             "checkpoint_version": 3.0,
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
-            "parallel_layout": _layout(cfg),
+            "parallel_layout": engine.layout(cfg),
             "distributed_optimizer": cfg.ddp.use_distributed_optimizer,
-            "rng_state": random_state(by_replica=cfg.rng.data_parallel_random_init),
+            "rng_state": random_state(engine, cfg),
             **held,
         }
         if optimizer is not None:
-            prepare_optimizer_state(optimizer)
-            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_SHARDING))
+            state["optimizer"] = engine.optimizer_state(optimizer, state, _SHARDING)
         if scheduler is not None:
             state["opt_param_scheduler"] = scheduler.state_dict()
         prepared = None
@@ -184,21 +184,21 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
         )
     state = _trained_state(model, cfg)
     ignore: tuple[str, ...] = ()
-    same_layout = common.get("parallel_layout") == _layout(cfg)
+    engine = engine_of(cfg)
+    same_layout = common.get("parallel_layout") == engine.layout(cfg)
     if cfg.checkpoint.load_rng and same_layout:
-        state["rng_state"] = random_state(by_replica=cfg.rng.data_parallel_random_init)
+        state["rng_state"] = random_state(engine, cfg)
     else:
         ignore += ("rng_state",)
     if optimizer is not None and cfg.checkpoint.load_optim:
         _refuse_other_optimizer(folder, common, cfg)
-        prepare_optimizer_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_SHARDING))
+        state["optimizer"] = engine.optimizer_state(optimizer, state, _SHARDING, is_loading=True)
     else:
         ignore += ("optimizer.",)
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
     _fill_trained(model, loaded, cfg)
     if "optimizer" in state:
-        load_optimizer_state(optimizer, loaded["optimizer"], common["optimizer"])
+        engine.load_optimizer_state(optimizer, loaded["optimizer"], common.get("optimizer", {}))
     elif optimizer is not None:
         optimizer.reload_model_params()
     if scheduler is not None and cfg.checkpoint.load_optim:
@@ -277,16 +277,3 @@ def _fill_trained(model: list[Any], loaded: Mapping[str, Any], cfg: "ConfigConta
         fill(chunks, loaded)
     else:
         fill_trained_part(chunks, loaded, state_keys(len(chunks)))
-
-
-def _layout(cfg: "ConfigContainer") -> dict[str, int]:
-    """By what the random states are divided."""
-    from megatron.core import parallel_state
-
-    layout = {
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-    }
-    if cfg.rng.data_parallel_random_init:
-        layout["data"] = parallel_state.get_data_parallel_world_size()
-    return layout

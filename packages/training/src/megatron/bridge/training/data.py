@@ -8,6 +8,7 @@ from megatron.bridge.data.epochs import Reshuffled
 from megatron.bridge.data.loaders import build_data_iterator
 from megatron.bridge.data.streamed import LoaderPlace, StreamedBatches, StreamedDataset
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.validation import dataset_context, run_tokenizer
 
 if TYPE_CHECKING:
@@ -46,30 +47,22 @@ def batches_per_chunk(
         batch_size: sequences per step, or a function that gives them from the samples drawn before.
         consumed_samples: where to begin.
     """
-    from megatron.core import parallel_state
-
-    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    # Attention on every stage asks where the documents of a packed sample begin, or where images stand among tokens.
-    ends = ends or getattr(cfg.dataset, "packing", False) or getattr(cfg.model, "vision", None) is not None
+    own = engine_of(cfg).loading_place(cfg)
     if isinstance(dataset, StreamedDataset):
-        place = LoaderPlace(
-            micro_batch_size=cfg.train.micro_batch_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-        )
-        return [dataset.batches(place) if ends else None for _ in range(num_chunks)]
+        place = LoaderPlace(micro_batch_size=own.micro_batch_size, dp_rank=own.rank, dp_size=own.size)
+        return [dataset.batches(place) if own.needed else None for _ in range(num_chunks)]
     return [
         build_data_iterator(
             dataset,
-            micro_batch_size=cfg.train.micro_batch_size,
+            micro_batch_size=own.micro_batch_size,
             global_batch_size=batch_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
+            dp_rank=own.rank,
+            dp_size=own.size,
             consumed_samples=consumed_samples,
             num_workers=cfg.dataset.num_workers,
             seed=cfg.rng.seed,
         )
-        if ends
+        if own.needed
         else None
         for _ in range(num_chunks)
     ]
@@ -80,38 +73,33 @@ def training_batches(run: "RunState", dataset: Any) -> list["Batches"]:
     sizes = run.cfg.train.batch_sizes.at
     run.streams = batches_per_chunk(run.cfg, dataset, len(run.model), sizes, run.progress.consumed_samples)
     if run.progress.iteration > 0:
-        load_stream_states(run.streams, run.progress.stream_states)
+        load_stream_states(run.cfg, run.streams, run.progress.stream_states)
     return run.streams
 
 
-def stream_states(data: list["Batches"]) -> list[bytes]:
+def stream_states(cfg: "ConfigContainer", data: list["Batches"]) -> list[bytes]:
     """By data-parallel rank, where its stream stands. Empty where the samples drawn say it already. Collective."""
-    from megatron.core import parallel_state
-
     from megatron.bridge.conversion.rank_agreement import gather
 
     mine = next((pickle.dumps(each.state_dict()) for each in data if isinstance(each, StreamedBatches)), None)
-    states = {
-        rank: state for rank, state in gather((parallel_state.get_data_parallel_rank(), mine)) if state is not None
-    }
+    own = engine_of(cfg).loading_place(cfg)
+    states = {rank: state for rank, state in gather((own.rank, mine)) if state is not None}
     return [states[rank] for rank in sorted(states)]
 
 
-def load_stream_states(data: list["Batches"], states: Sequence[bytes]) -> None:
+def load_stream_states(cfg: "ConfigContainer", data: list["Batches"], states: Sequence[bytes]) -> None:
     """Put this rank's streams where `stream_states` found them.
 
     Raises:
         BridgeError: the states are of another number of data-parallel ranks.
     """
-    from megatron.core import parallel_state
-
+    own = engine_of(cfg).loading_place(cfg)
     streams = [each for each in data if isinstance(each, StreamedBatches)]
-    ranks = parallel_state.get_data_parallel_world_size()
-    if streams and len(states) != ranks:
+    if streams and len(states) != own.size:
         raise BridgeError(
             f"the checkpoint holds the position of {len(states)} data-parallel ranks in the data, and there are "
-            f"{ranks}; such data are divided among the ranks, so resume with as many, or begin anew with "
+            f"{own.size}; such data are divided among the ranks, so resume with as many, or begin anew with "
             "checkpoint.pretrained_checkpoint"
         )
     for stream in streams:
-        stream.load_state_dict(pickle.loads(states[parallel_state.get_data_parallel_rank()]))
+        stream.load_state_dict(pickle.loads(states[own.rank]))

@@ -27,7 +27,7 @@ def evaluate(run: "RunState", forward_step: Any) -> float:
             for _ in range(run.cfg.train.eval_iters):
                 reports = forward_backward(run, forward_step, data, num_microbatches, training=False)
                 # What fills up the last batch of a small split counts nothing.
-                loss, tokens = global_loss(reports, run.progress.iteration, may_be_empty=True)
+                loss, tokens = global_loss(run, reports, run.progress.iteration, may_be_empty=True)
                 total, counted = total + loss * tokens, counted + tokens
     finally:
         for chunk in run.model:

@@ -84,10 +84,10 @@ class Guard:
         """Whether steps are looked at before the update. Otherwise what is not finite stops the run by itself."""
         return self._settings.on_fault != "stop" or self._settings.loss_spike_threshold is not None
 
-    def look_at_gradients(self, model: list[Any]) -> None:
+    def look_at_gradients(self, buffers: list[Any]) -> None:
         """Take the norm of this rank's gradients; before they are reduced a fault shows where it arose."""
         if self.awake:
-            self._gradient_norm = _norm(model)
+            self._gradient_norm = _norm(buffers)
 
     def watched(self, run: "RunState", compute: Compute) -> Verdict:
         """Do a step's forward and backward passes, and what the policy asks for when they go wrong. Collective.
@@ -218,10 +218,9 @@ def _diagnosis(second: Gradients, still: StepFault | None, differing: list[str])
     return "it comes out the same: model or data are at fault, not the hardware"
 
 
-def _norm(model: list[Any]) -> float:
+def _norm(buffers: list[Any]) -> float:
     """The norm of all that this rank has in its gradient buffers."""
     import torch
 
-    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     norms = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in buffers]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

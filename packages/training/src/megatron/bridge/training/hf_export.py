@@ -49,7 +49,7 @@ class ExportHF(Callback):
         if self._adapter:
             _base(run.cfg).save_hf_adapter(run.model, self.folder)
         else:
-            _bridge(run.cfg).save_hf_pretrained(run.model, self.folder)
+            run.engine.save_hf(_bridge(run.cfg), run.model, self.folder)
 
 
 def _base(cfg: "ConfigContainer") -> Any:

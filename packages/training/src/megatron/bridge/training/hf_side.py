@@ -12,6 +12,7 @@ from megatron.bridge.conversion.checkpoint_layout import (
 )
 from megatron.bridge.conversion.hf.names import CONFIG
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.training.engine import engine_of
 
 if TYPE_CHECKING:
     from megatron.bridge.conversion.auto_bridge import AutoBridge
@@ -72,7 +73,7 @@ def write_hf_folder(cfg: "ConfigContainer", model: list[Any], iteration: int) ->
     hidden = target.with_name(f".{target.name}.hf.partial")
     bridge = bridge_of(cfg) or AutoBridge.from_megatron_checkpoint(str(cfg.checkpoint.load))
     try:
-        bridge.save_hf_pretrained(model, hidden / HF_FILES, overwrite=True)
+        engine_of(cfg).save_hf(bridge, model, hidden / HF_FILES, overwrite=True)
     except BridgeError as error:
         raise CheckpointError(f"the Hugging Face folder of {target}: {error}") from error
     return hidden

@@ -1,33 +1,22 @@
 """The random state of a rank, as one sharded object of a checkpoint.
 
-Each (pipeline, tensor) position has its own; data-parallel replicas share it, or have their own, too.
+Which ranks share one is the engine's business; see `Engine.random_place`.
 """
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.engine import Engine
 
 
-def random_state(*, by_replica: bool) -> Any:
-    """`state_of_this_rank`, to be saved or to be loaded into.
-
-    Args:
-        by_replica: data-parallel replicas have states of their own (`rng.data_parallel_random_init`).
-    """
-    from megatron.core import parallel_state
+def random_state(engine: "Engine", cfg: "ConfigContainer") -> Any:
+    """`state_of_this_rank`, to be saved or to be loaded into."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    pipeline = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    replica = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    ranks, sizes = zip(pipeline, tensor, *([replica] if by_replica else []), strict=True)
-    if by_replica:
-        place = parallel_state.get_context_parallel_rank()
-    else:
-        place = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("rng_state", state_of_this_rank(), sizes, ranks, replica_id=place)
+    sizes, place, copy = engine.random_place(cfg)
+    return ShardedObject("rng_state", state_of_this_rank(), sizes, place, replica_id=copy)
 
 
 def state_of_this_rank() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron.bridge.training.callbacks import Callback, Callbacks
 from megatron.bridge.training.checkpoint import load_weights, restore, starting_point
 from megatron.bridge.training.data import build_datasets, training_batches
 from megatron.bridge.training.determinism import deterministic
+from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.hf_export import ExportHF
 from megatron.bridge.training.hf_side import load_hf
 from megatron.bridge.training.peft_section import apply_peft, optimizer_overrides
@@ -39,6 +40,7 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
     with deterministic(cfg.model.deterministic_mode):
         platform.initialize_distributed(cfg.dist.timeout_seconds, cfg.dist.distributed_backend)
         yield
+    engine_of(cfg).stop()
     if not had_groups and parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if not had_world:
@@ -112,13 +114,11 @@ def seed_everything(seed: int) -> None:
 
 def build_optimizer(cfg: "ConfigContainer", model: list[Any]) -> Any:
     """Megatron-Core's optimizer for `model`, in the model's precision; `cfg.optimizer` itself is left as it is."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
     values = {"bf16": cfg.model.bf16, "fp16": cfg.model.fp16, "params_dtype": cfg.model.params_dtype}
     # Megatron-Core's schedule takes the lowest rate from here and cannot do without one.
     values["min_lr"] = cfg.optimizer.min_lr or 0.0
     settings = dataclasses.replace(cfg.optimizer, **values)
-    return get_megatron_optimizer(settings, model, config_overrides=optimizer_overrides(cfg, settings))
+    return engine_of(cfg).build_optimizer(settings, model, optimizer_overrides(cfg, settings))
 
 
 def connect(run: RunState) -> None:

@@ -7,7 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge import platform
 from megatron.bridge.training.callbacks import Callbacks
+from megatron.bridge.training.engine import Engine, engine_of
 from megatron.bridge.training.fault_tolerance import Guard
 from megatron.bridge.training.flops import step_flops
 from megatron.bridge.training.phases import Phases
@@ -78,6 +80,11 @@ class RunState:
         """Operations that a training sequence takes; None where they are not known."""
         return step_flops(self.cfg.model, 1)
 
+    @cached_property
+    def engine(self) -> Engine:
+        """What knows the model's layout."""
+        return engine_of(self.cfg)
+
     @property
     def batch_size(self) -> int:
         """Sequences of the step to come, over all ranks."""
@@ -85,9 +92,7 @@ class RunState:
 
     def num_microbatches(self, sequences: int) -> int:
         """Forward passes on this rank in a step of so many sequences."""
-        from megatron.core import parallel_state
-
-        replicas: int = parallel_state.get_data_parallel_world_size()
+        replicas = self.engine.replicas(self.cfg, platform.world_size())
         return sequences // (self.cfg.train.micro_batch_size * replicas)
 
     def request_stop(self, why: str) -> None:

@@ -68,7 +68,7 @@ def compute_gradients(run: "RunState", forward_step: Any, data: list["Batches"])
     with run.phases("forward_backward"):
         reports = forward_backward(run, forward_step, data, run.num_microbatches(run.batch_size), training=True)
     run.callbacks.on_gradients(run)
-    loss, tokens, own = reduced_loss(reports, run.progress.iteration + 1)
+    loss, tokens, own = reduced_loss(run, reports, run.progress.iteration + 1)
     if not run.guard.awake:
         check_finite(loss, own, run.progress.iteration + 1)
     return Gradients(loss, tokens, own)
@@ -84,15 +84,13 @@ def finish_gradients(run: "RunState", *arguments: Any, **settings: Any) -> None:
 
 
 def _reduce(run: "RunState", *arguments: Any, **settings: Any) -> None:
-    from megatron.core.distributed import finalize_model_grads
-
     # Where reduction overlaps with the backward pass, it has begun already.
     overlapped = run.cfg.ddp.overlap_grad_reduce
     if not overlapped:
-        run.guard.look_at_gradients(run.model)
-    finalize_model_grads(*arguments, **settings)
+        run.guard.look_at_gradients(run.engine.gradient_buffers(run.model))
+    run.engine.finish_gradients(*arguments, **settings)
     if overlapped:
-        run.guard.look_at_gradients(run.model)
+        run.guard.look_at_gradients(run.engine.gradient_buffers(run.model))
 
 
 def _update(run: "RunState", loss: float) -> tuple[bool, float]:
@@ -113,9 +111,7 @@ def forward_backward(
     run: "RunState", forward_step: Any, data: list["Batches"], num_microbatches: int, *, training: bool
 ) -> list[dict[str, "Tensor"]]:
     """Run Megatron-Core's schedule for this layout; the loss reports of each micro-batch, on the last stage only."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    reports: list[dict[str, Tensor]] = get_forward_backward_func()(
+    return run.engine.schedule()(
         forward_step_func=partial(forward_step, run),
         data_iterator=data if len(run.model) > 1 else data[0],
         model=run.model,
@@ -124,10 +120,11 @@ def forward_backward(
         micro_batch_size=run.cfg.train.micro_batch_size,
         forward_only=not training,
     )
-    return reports
 
 
-def global_loss(reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False) -> tuple[float, int]:
+def global_loss(
+    run: "RunState", reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False
+) -> tuple[float, int]:
     """Mean loss per token over all micro-batches and data-parallel ranks, and the number of tokens; on every rank.
 
     `may_be_empty`: no token at all is a loss of 0, not an error.
@@ -135,13 +132,13 @@ def global_loss(reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_em
     Raises:
         NotFinite: (on every rank) the loss is NaN or infinite; names the ranks where it is.
     """
-    loss, tokens, own = reduced_loss(reports, iteration, may_be_empty=may_be_empty)
+    loss, tokens, own = reduced_loss(run, reports, iteration, may_be_empty=may_be_empty)
     check_finite(loss, own, iteration)
     return loss, tokens
 
 
 def reduced_loss(
-    reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False
+    run: "RunState", reports: list[dict[str, "Tensor"]], iteration: int, *, may_be_empty: bool = False
 ) -> tuple[float, int, float]:
     """As `global_loss`, whatever the loss is; and the sum of losses that this rank adds to it.
 
@@ -149,8 +146,6 @@ def reduced_loss(
         NotFinite: (on every rank) no token counts.
     """
     import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from megatron.bridge.platform import device
 
@@ -158,10 +153,7 @@ def reduced_loss(
     for report in reports:
         totals += report[LOSS]
     own = float(totals[0])
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(totals, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
-    total, tokens = totals.tolist()
+    total, tokens = run.engine.total(totals).tolist()
     if tokens == 0 and not may_be_empty:
         raise NotFinite(f"no token of iteration {iteration} counts for the loss: its loss mask is all zeros")
     return total / max(tokens, 1), int(tokens), own

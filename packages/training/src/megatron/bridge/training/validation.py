@@ -13,6 +13,7 @@ from megatron.bridge.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.batch_sizes import ramp_problem
 from megatron.bridge.training.comm_overlap import apply_overlap, engine_problems, overlap_problems
+from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.forward_steps import forward_step_problems
 from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.launching.base import EVERYTHING, Sight
@@ -167,17 +168,11 @@ def _model_parts(model: Any) -> Iterator[str]:
 
 
 def _layout_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
-    model, train = cfg.model, cfg.train
-    replica = model_parallel_size(model)
-    if replica <= 0 or world_size % replica:
-        yield (
-            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={model.pipeline_model_parallel_size} x "
-            f"context_parallel_size={getattr(model, 'context_parallel_size', 1)} needs a multiple of {replica} ranks, "
-            f"and there are {world_size}; change the layout or start with another number of ranks"
-        )
+    train, engine = cfg.train, engine_of(cfg)
+    if misfits := list(engine.layout_problems(cfg, world_size)):
+        yield from misfits
         return
-    data_parallel = world_size // replica
+    data_parallel = engine.replicas(cfg, world_size)
     step = train.micro_batch_size * data_parallel
     if not _has_length(cfg):
         return

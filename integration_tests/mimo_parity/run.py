@@ -1,0 +1,143 @@
+"""The same model in the training package's own loop: its configuration, and random samples with images as data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
+from megatron.bridge.mimo.data import collate
+from mimo_parity.cases import Case
+from mimo_parity.reference import SEQUENCE, batch
+
+
+class _Samples(Dataset[Any]):
+    collate = staticmethod(collate)
+
+    def __init__(self, count: int, first: int) -> None:
+        self.count, self.first = count, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        whole = batch(self.first + index, 1, uneven=True)
+        images = whole["modality_inputs"]["images"]["pixel_values"]
+        sample = {name: value[0] for name, value in whole.items() if name != "modality_inputs"}
+        return sample | ({"modality_inputs": {"images": {"pixel_values": images}}} if len(images) else {})
+
+
+@dataclass(kw_only=True)
+class RandomImages(DatasetProvider):
+    """Random text with 0 to 2 images in a sample."""
+
+    def build_train_valid_test_datasets(self, context: DatasetBuildContext) -> Any:
+        return _Samples(1000, 0), _Samples(64, 5000), None
+
+
+def run_of(case: Case, folder: Path, **checkpoint: Any) -> Any:
+    """A run of a few steps at `case`; `checkpoint` are fields of its checkpoint section."""
+    from megatron.bridge.mimo import MimoProvider
+    from megatron.bridge.training.config import (
+        CheckpointConfig,
+        ConfigContainer,
+        DistributedDataParallelConfig,
+        LoggerConfig,
+        OptimizerConfig,
+        SchedulerConfig,
+        TokenizerConfig,
+        TrainingConfig,
+    )
+
+    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
+    provider.seq_length = SEQUENCE
+    provider.language.sequence_parallel = "sequence_parallel" in case.settings
+    provider.encoders["images"].frozen = "frozen" in case.settings
+    sharded = "distributed" in case.settings
+    return ConfigContainer(
+        model=provider,
+        dataset=RandomImages(),
+        train=TrainingConfig(
+            train_iters=4, global_batch_size=8, micro_batch_size=4 // case.language[2], eval_interval=4, eval_iters=1
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-5, use_distributed_optimizer=sharded),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=sharded, overlap_grad_reduce="overlap" in case.settings
+        ),
+        scheduler=SchedulerConfig(lr_warmup_iters=1),
+        tokenizer=TokenizerConfig(vocab_size=128),
+        logger=LoggerConfig(progress=False),
+        checkpoint=CheckpointConfig(**checkpoint),
+    )
+
+
+def weights_of(cfg: Any, model: list[Any]) -> dict[str, torch.Tensor]:
+    """The trained weights by Hugging Face names, on every rank. Collective."""
+    from megatron.bridge.mimo.conversion import export_hf_weights
+
+    return {name: each.clone() for name, each in export_hf_weights(cfg.model.bridge, model[0])}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: losses of its steps, the validation loss, and the weights."""
+
+    losses: dict[int, float]
+    valid_loss: float | None
+    weights: dict[str, torch.Tensor]
+
+
+def train_case(case: Case, folder: Path, *, stop: int | None = None, **checkpoint: Any) -> Trained:
+    """Train by the package's own loop; called on every rank of the case's world.
+
+    Args:
+        case: where.
+        folder: of the Hugging Face model.
+        stop: step to stop after.
+        checkpoint: see `run_of`.
+    """
+    from megatron.bridge.mimo.mimo_step import forward_step
+    from megatron.bridge.training.setup import distributed, setup
+    from megatron.bridge.training.train import train
+
+    cfg = run_of(case, folder, **checkpoint)
+    cfg.train.exit_interval = stop
+    with distributed(cfg):
+        run = setup(cfg)
+        result = train(run, forward_step)
+        return Trained(result.losses, result.valid_loss, weights_of(cfg, run.model))
+
+
+def failing_step(case: Case, folder: Path, *, rank: int, dies: bool) -> str:
+    """A step in which `rank` dies or raises; what the others raise is returned, or raised where one `dies`."""
+    import os
+
+    from megatron.bridge import platform
+    from megatron.bridge.errors import BridgeError
+    from megatron.bridge.mimo import MimoProvider
+    from megatron.bridge.mimo.slices import loading_place
+    from megatron.bridge.mimo.step import forward_step
+    from mimo_parity.placed import part_of
+
+    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
+    (model,) = provider.provide_distributed_model()
+    runtime = provider.engine.runtime
+
+    def step(data_iterator: Any, model: Any) -> Any:
+        if platform.rank() == rank and dies:
+            os._exit(3)
+        if platform.rank() == rank:
+            raise ValueError("broken on purpose")
+        return forward_step(data_iterator, model)
+
+    place = loading_place(model.module_groups)
+    data = iter([part_of(batch(number, 4, uneven=case.uneven), *place) for number in range(2)])
+    try:
+        runtime.forward_backward(step, data, 2, seq_length=SEQUENCE, micro_batch_size=4)
+    except BridgeError as error:
+        if dies:
+            raise
+        return str(error)
+    raise AssertionError("the step went well")

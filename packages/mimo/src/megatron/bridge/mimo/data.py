@@ -1,0 +1,124 @@
+"""Batches for the modules on a rank: collation of samples with items, and iterators that know the rank's part."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.mimo.places import ITEMS
+from megatron.bridge.mimo.slices import MODALITIES
+
+if TYPE_CHECKING:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+
+    from megatron.bridge.mimo.provider import MimoProvider
+
+    type Batch = Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class MimoDataConfig:
+    """What `get_data_iterator` draws.
+
+    Attributes:
+        dataset: map-style; see `collate` for its samples.
+        base_batch_size: samples of a micro-batch on one replica of the language model.
+        num_microbatches: micro-batches of a step.
+        seq_length: tokens of a sample.
+        consumed_samples: where to begin.
+    """
+
+    dataset: Any
+    base_batch_size: int
+    num_microbatches: int = 1
+    seq_length: int
+    consumed_samples: int = 0
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One batch of samples that may have any number of items.
+
+    Args:
+        samples: dicts of tensors of one shape, and `modality_inputs`: by modality the encoder's inputs for the items of
+            the sample, by name, with their number along the first axis. A sample without items leaves the modality out.
+
+    Returns:
+        Tensors [samples, ...], and by modality the items of all samples, with `items`, how many each sample has.
+    """
+    import torch
+    from torch.utils.data import default_collate
+
+    batch: dict[str, Any] = default_collate(
+        [{key: value for key, value in sample.items() if key != MODALITIES} for sample in samples]
+    )
+    given = [sample.get(MODALITIES) or {} for sample in samples]
+    names = dict.fromkeys(name for each in given for name in each)
+    batch[MODALITIES] = {
+        name: {
+            **{
+                key: torch.cat([each[name][key] for each in given if name in each])
+                for key in next(each[name] for each in given if name in each)
+            },
+            ITEMS: torch.tensor([len(next(iter(each[name].values()))) if name in each else 0 for each in given]),
+        }
+        for name in names
+    }
+    return batch
+
+
+def get_data_iterator(
+    model_config: "MimoProvider",
+    data_config: MimoDataConfig,
+    module_to_grid_map: "Mapping[str, HyperCommGrid] | None" = None,
+) -> Iterator["Batch"]:
+    """Micro-batches of this rank: the part of its module with the fewest replicas; all modules see the same samples.
+
+    A micro-batch of all ranks has `base_batch_size` samples for each replica of the language model, and a module with
+    N replicas takes an Nth of them.
+
+    Args:
+        model_config: the provider, whose model is built.
+        data_config: what to draw.
+        module_to_grid_map: nothing: the model knows its grids.
+
+    Raises:
+        BridgeError: some module's replicas cannot divide the samples.
+    """
+    from megatron.bridge.data.loaders import build_data_iterator
+    from megatron.bridge.mimo.slices import loading_place
+
+    if problems := model_config.batch_problems(data_config.base_batch_size):
+        raise BridgeError("the batch cannot be divided:\n  " + "\n  ".join(problems))
+    rank, size = loading_place(model_config.engine.runtime.modules)
+    samples = data_config.base_batch_size * model_config.llm_layout.data_parallel
+    return build_data_iterator(
+        data_config.dataset,
+        micro_batch_size=samples // size,
+        global_batch_size=samples,
+        dp_rank=rank,
+        dp_size=size,
+        consumed_samples=data_config.consumed_samples,
+    )
+
+
+def get_data_iterator_colocated(
+    model_config: "MimoProvider",
+    data_config: MimoDataConfig,
+    module_to_grid_map: "Mapping[str, HyperCommGrid] | None" = None,
+) -> Iterator["Batch"]:
+    """`get_data_iterator` for a colocated placement: the forward step takes each module's part out of a batch.
+
+    Raises:
+        BridgeError: the placement is of another mode.
+    """
+    if model_config.placement.mode == "heterogeneous":
+        raise BridgeError(
+            "get_data_iterator_colocated is for modules on the same ranks, and this placement is heterogeneous; use "
+            "get_data_iterator"
+        )
+    return get_data_iterator(model_config, data_config, module_to_grid_map)
+
+
+def get_batch(data_iterator: Iterator["Batch"]) -> "Batch":
+    """The next micro-batch."""
+    return next(data_iterator)

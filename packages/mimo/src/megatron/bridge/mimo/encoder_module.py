@@ -1,0 +1,106 @@
+"""An encoder and its projector as a module of Megatron-Core's MIMO model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from megatron.bridge.errors import BridgeError
+from megatron.bridge.mimo.encoders import Encoder
+from megatron.bridge.mimo.places import ITEMS, PLACES, refuse_misplaced
+from megatron.bridge.models.vision_half import nothing_of
+
+TOWER = "tower"
+
+
+class EncoderModule(ModalitySubmodules):
+    """Encoder -> projector; its output are the features of all items, [tokens, hidden] of the language model.
+
+    A rank whose samples have no item runs an item of the encoder's own and keeps none of its features: so every rank
+    has a graph, and the hooks of overlapped gradient reduction fire everywhere.
+
+    Args:
+        name: of the modality, in messages.
+        encoder: what it is made of.
+        config: what Megatron-Core asks of a module's configuration.
+        tower: from `encoder.build`.
+        projector: to the language model's width; None where the encoder has one.
+        groups: of the module's layout.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        config: TransformerConfig,
+        tower: torch.nn.Module,
+        projector: torch.nn.Module | None,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(
+            encoders={TOWER: tower},
+            input_projections=[] if projector is None else [projector],
+            pg_collection=groups,
+        )
+        self.name, self.encoder, self.config = name, encoder, config
+
+    @property
+    def tower(self) -> torch.nn.Module:
+        """The encoder's own module."""
+        return self.encoders[TOWER]
+
+    def forward(self, encoder_inputs: Mapping[str, Any] | None = None, hidden_states: Any = None) -> Tensor:
+        """Features of the items in `encoder_inputs`, [tokens, hidden].
+
+        Args:
+            encoder_inputs: the encoder's by name; `places`, the tokens of this modality of each sample, and `items`,
+                how many items each sample has, are checked against what comes out.
+            hidden_states: nothing: an encoder has one pipeline stage.
+
+        Raises:
+            BridgeError: features and places in the tokens do not correspond; the sample is named.
+        """
+        inputs = dict(encoder_inputs or {})
+        places, items = inputs.pop(PLACES, None), inputs.pop(ITEMS, None)
+        number = self.encoder.count(inputs)
+        place = next(self.tower.parameters())
+        given = {name: _moved(value, place) for name, value in (inputs if number else self.encoder.ghost()).items()}
+        features = self.encoder.encode(self.tower, given)
+        if places is not None:
+            sizes = [len(each) for each in features] if number else []
+            refuse_misplaced(self.name, self.encoder.token_id, places, items, sizes)
+        rows = torch.cat(tuple(features))
+        if rows.shape[-1] != self.encoder.width:
+            raise BridgeError(
+                f"{self.name!r}: the encoder's features have width {rows.shape[-1]}, and it says {self.encoder.width}, "
+                "for which its projector was made; correct the width of its encoder"
+            )
+        for projector in self.input_projections:
+            rows = projector(rows)
+        if self.training and torch.is_grad_enabled():
+            rows = rows + nothing_of(self).to(rows)
+        return rows if number else rows[:0]
+
+    def decode(self, embeddings: Tensor, data_batch: Any) -> Tensor:
+        """Nothing decodes: Megatron-Core's base class asks for the method."""
+        raise NotImplementedError("encoders do not decode")
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """As Megatron-Core's, with this module's own groups for what transformers wrote."""
+        own = {**(metadata or {}), "dp_cp_group": self.pg_collection.dp_cp}
+        state: dict[str, Any] = {}
+        for kind, container in self.named_children():
+            for name, module in container.named_children():
+                where = f"{prefix}{kind}.{name}."
+                tensor = self.pg_collection.tp
+                state |= sharded_state_dict_default(module, where, sharded_offsets, own, tp_group=tensor)
+        return state
+
+
+def _moved(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)

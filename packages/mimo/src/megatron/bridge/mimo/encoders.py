@@ -1,0 +1,75 @@
+"""What an encoder is to a MIMO model, and the group under which packages offer their own."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron.bridge.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch import Tensor
+
+# Of items, by name; what they are is the encoder's business.
+type Inputs = Mapping[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Encoder(ABC):
+    """One modality's encoder: how it is built and what goes through it. Subclass it as a dataclass.
+
+    Its module is alike on every tensor-parallel rank of its layout. What goes in are items (images, clips), one after
+    another along the first axis of every input unless `take` says otherwise.
+
+    Attributes:
+        token_id: the token that stands for one feature.
+        frozen: its weights are not trained; its projector's are.
+    """
+
+    token_id: int
+    frozen: bool = False
+
+    @property
+    @abstractmethod
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs; the first is the one that tells how many items there are."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Hidden size of the features."""
+
+    @property
+    def projects(self) -> bool:
+        """Whether the features have the language model's hidden size already, by a projector of the encoder's own."""
+        return False
+
+    @abstractmethod
+    def build(self, config: "TransformerConfig", *, initialized: bool) -> "torch.nn.Module":
+        """The module, on the CPU, in `config.params_dtype`; with random weights where `initialized`."""
+
+    @abstractmethod
+    def encode(self, module: "torch.nn.Module", inputs: Inputs) -> "Sequence[Tensor]":
+        """Features of each item, [tokens of the item, width]."""
+
+    def freeze(self, module: "torch.nn.Module") -> None:
+        """Take a module from `build` out of training; a projector in it stays."""
+        module.requires_grad_(False)
+
+    @abstractmethod
+    def ghost(self) -> Inputs:
+        """The inputs of one item, as small as can be: what a rank without an item computes on, and throws away."""
+
+    def count(self, inputs: Inputs) -> int:
+        """How many items there are."""
+        first = inputs.get(self.input_names[0])
+        return 0 if first is None else len(first)
+
+    def take(self, inputs: Inputs, start: int, stop: int) -> Inputs:
+        """The inputs of the items from `start` up to `stop`."""
+        return {name: value[start:stop] for name, value in inputs.items()}
+
+
+ENCODERS: Registry[type[Encoder]] = Registry("megatron.bridge.encoders", Encoder, "encoder")
