@@ -41,6 +41,7 @@ _V3 = _LATENT | {
     "model_type": "deepseek_v3",
     "vocab_size": 129280,
     "q_lora_rank": 1536,
+    "num_nextn_predict_layers": 1,
     "first_k_dense_replace": 3,
     "moe_intermediate_size": 2048,
     "n_routed_experts": 256,
@@ -79,11 +80,16 @@ _TRAINED_V3 = stated(
     },
 )
 
+# Queries, keys and values have projections of their own under multi-latent attention.
+_LINEAR = ("linear_proj", "linear_fc1", "linear_fc2", "linear_kv_down_proj", "linear_kv_up_proj")
+
 SIZES = {
     "deepseek_v2_lite": Size("DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-V2-Lite", "15.7B", _APPENDIX,
-                             _V2_LITE | decoder(2048, 10944, 27, 16, 16), _TRAINED_LITE),
+                             _V2_LITE | decoder(2048, 10944, 27, 16, 16), _TRAINED_LITE,
+                             (*_LINEAR, "linear_q_proj")),
     "deepseek_v3": Size("DeepSeek-V3", "deepseek-ai/DeepSeek-V3", "671B", _SECTION,
-                        _V3 | decoder(7168, 18432, 61, 128, 128), _TRAINED_V3),
+                        _V3 | decoder(7168, 18432, 61, 128, 128), _TRAINED_V3,
+                        (*_LINEAR, "linear_q_down_proj", "linear_q_up_proj")),
 }  # fmt: skip
 
 __getattr__ = recipes_of(__name__, SIZES)
