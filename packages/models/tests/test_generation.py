@@ -5,10 +5,9 @@ import re
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron.bridge import AutoBridge
+from megatron.bridge import AutoBridge, platform
 from megatron.bridge.conversion.logits import megatron_logits
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.generation import Choice, generate
@@ -102,7 +101,7 @@ def compare(cases, expected, layout):
         model = opened(folder, **layout)
         assert (uncached_because(model) is None) == (case in CACHED), (case, uncached_because(model))
         assert by_megatron(model, prompts()) == expected[case], case
-        parallel_state.destroy_model_parallel()
+        platform.destroy_model_parallel()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +121,7 @@ def read_whole(folder, expected):
         model = opened(folder, **layout)
         assert uncached_because(model) == reason
         assert by_megatron(model, prompts()) == expected
-        parallel_state.destroy_model_parallel()
+        platform.destroy_model_parallel()
 
 
 def test_layouts_without_a_cache_say_the_same(cases, expected):

@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from transformers import MT5Config, T5Config
 
-from megatron.bridge import AutoBridge
+from megatron.bridge import AutoBridge, platform
 from megatron.bridge.conversion.offline import export_checkpoint, import_checkpoint
 from megatron.bridge.conversion.reference import logits_of, model_class
 from megatron.bridge.conversion.verify import relative_difference, verify
@@ -138,7 +137,7 @@ def saved_and_loaded(case, root, at, then):
     bridge = AutoBridge.from_hf_pretrained(case.folder)
     bridge.save_megatron_model(bridge.to_megatron_model(**at), root / "megatron")
     again = AutoBridge.from_megatron_checkpoint(root / "megatron")
-    parallel_state.destroy_model_parallel()
+    platform.destroy_model_parallel()
     again.save_hf_pretrained(again.load_megatron_model(root / "megatron", **then), root / "hf")
     return verify(case.folder, megatron_path=root / "megatron", **then).to_json()
 

@@ -103,7 +103,7 @@ def count(names: list[str]) -> dict[tuple[str, str], tuple[int, int]]:
             parts = stage_parts(layout.at(shape_of_hf(config)), stage)
             found[name, str(layout)] = (own, sum(part.count for part in parts))
         if parallel_state.is_initialized():
-            parallel_state.destroy_model_parallel()
+            platform.destroy_model_parallel()
     return found
 
 

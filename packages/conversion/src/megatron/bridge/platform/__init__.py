@@ -17,6 +17,7 @@ from megatron.bridge.platform.device import (
 from megatron.bridge.platform.distributed import (
     barrier,
     destroy_distributed,
+    destroy_model_parallel,
     initialize_distributed,
     is_rank_zero,
     local_rank,
@@ -31,6 +32,7 @@ __all__ = [
     "cuda_available",
     "describe",
     "destroy_distributed",
+    "destroy_model_parallel",
     "device",
     "device_name",
     "disable_cpu_layer",

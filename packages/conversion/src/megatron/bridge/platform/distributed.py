@@ -1,6 +1,7 @@
 """torch.distributed for one process, torchrun and srun, with the CPU layer where there is no CUDA."""
 
 import atexit
+import contextlib
 import datetime
 import os
 import shutil
@@ -140,18 +141,34 @@ def barrier() -> None:
         dist.barrier()
 
 
-def destroy_distributed() -> None:
-    """Take down Megatron's groups and torch.distributed, so that another world can be built in this process."""
+def destroy_model_parallel() -> None:
+    """Take down Megatron's groups with the threads and sockets behind them, so that other groups can be built.
+
+    Megatron-Core forgets its groups only, and each of gloo's keeps threads that wake up a hundred times a second.
+    """
     import sys
 
     import torch.distributed as dist
 
     parallel_state = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is not None and parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for name, value in vars(parallel_state).items() if parallel_state is not None else ():
-        # Megatron-Core forgets some of its groups; a dead one would be joined when a forked rank replaces it.
+    if parallel_state is None or not parallel_state.is_initialized():
+        return
+    # None stands for the world's own group.
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        with contextlib.suppress(ValueError):  # Megatron-Core has taken it down itself
+            dist.destroy_process_group(group)
+    for name, value in vars(parallel_state).items():
+        # Some are remembered all the same; a dead one would be joined when a forked rank replaces it.
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
+
+
+def destroy_distributed() -> None:
+    """Take down Megatron's groups and torch.distributed, so that another world can be built in this process."""
+    import torch.distributed as dist
+
+    destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -178,5 +178,5 @@ def _refuse_other_layout(sizes: dict[str, Any]) -> None:
     if wrong:
         raise BridgeError(
             f"Megatron's process groups exist already with another layout: {', '.join(wrong)}; call "
-            "megatron.core.parallel_state.destroy_model_parallel() first, or use the layout that was built"
+            "megatron.bridge.platform.destroy_model_parallel() first, or use the layout that was built"
         )

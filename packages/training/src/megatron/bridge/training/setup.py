@@ -42,7 +42,7 @@ def distributed(cfg: "ConfigContainer") -> Iterator[None]:
         yield
     engine_of(cfg).stop()
     if not had_groups and parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+        platform.destroy_model_parallel()
     if not had_world:
         platform.destroy_distributed()
 
