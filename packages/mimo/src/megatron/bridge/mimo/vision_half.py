@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 # In the names of the modules that transformers' models have between tower and language model.
 _PROJECTORS = ("projector", "connector")
+# What images do to the language model besides giving it features, by the fields of `Vision`.
+_TIED = {
+    "deepstack": "features that are added between layers",
+    "image_blocks": "attention that images decide",
+    "grid_positions": "positions that images decide",
+}
 
 
 @dataclass(kw_only=True)
@@ -37,15 +43,14 @@ class VisionHalf(Encoder):
         """The vision half of a bridge's model.
 
         Raises:
-            BridgeError: the model has none, or one whose features go elsewhere than before the first layer.
+            BridgeError: the model has none, or one that gives the language model more than features at its first layer.
         """
         family: Any = bridge.model_bridge
         architecture = bridge.hf_config.architectures[0]
         if not hasattr(family, "vision"):
             raise BridgeError(f"{architecture} has no vision half; give MimoProvider an encoder of its own")
         vision: Vision = family.vision()
-        if vision.deepstack or vision.image_blocks:
-            what = "features that are added between layers" if vision.deepstack else "attention that images decide"
+        for what in (text for name, text in _TIED.items() if getattr(vision, name)):
             raise BridgeError(
                 f"{architecture} has {what}, which modules of their own layouts cannot hand over; train it as one "
                 "model (AutoBridge.to_megatron_provider)"
@@ -79,18 +84,3 @@ class VisionHalf(Encoder):
 
     def ghost(self) -> Inputs:
         return self.probe
-
-    def count(self, inputs: Inputs) -> int:
-        sizes = inputs.get("image_grid_thw")
-        return super().count(inputs) if sizes is None else len(sizes)
-
-    def take(self, inputs: Inputs, start: int, stop: int) -> Inputs:
-        sizes = inputs.get("image_grid_thw")
-        if sizes is None:
-            return super().take(inputs, start, stop)
-        # Patches of all images stand one after another.
-        ends = [0, *sizes.prod(-1).cumsum(0).tolist()]
-        return {
-            name: value[ends[start] : ends[stop]] if name == "pixel_values" else value[start:stop]
-            for name, value in inputs.items()
-        }
