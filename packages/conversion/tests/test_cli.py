@@ -109,7 +109,7 @@ def test_other_errors_are_not_swallowed(install: Install) -> None:
 
 def test_an_unknown_command_gives_near_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plugin"]) == 2
-    assert "no command is called 'plugin'; did you mean 'plugins'?" in capsys.readouterr().err
+    assert "no command is called 'plugin'; did you mean 'plugins'" in capsys.readouterr().err
 
 
 def test_a_command_that_is_not_installed_says_what_to_install(

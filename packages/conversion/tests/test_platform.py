@@ -225,6 +225,7 @@ def test_a_rank_does_not_fork_ranks():
 
 def test_an_interrupted_rank_interrupts_the_run():
     def interrupted():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it from birth
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)  # another of the process's threads may have taken the signal, and the main one hears of it late
 

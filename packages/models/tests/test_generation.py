@@ -63,6 +63,8 @@ CACHED = {
     "mixtral": ("mixtral", EXPERTS),
     "gpt_oss": ("gpt_oss", {"head_dim": 16} | EXPERTS | MIXED),
 }
+# Those that pipeline stages are tried with.
+STAGED = ("llama", "gemma2", "gpt2", "mamba")
 WHOLE = {"deepseek_v3": ("deepseek_v3", LATENT), "mamba": ("mamba", MAMBA)}
 
 
@@ -111,7 +113,8 @@ def expected(cases):
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {TP: 2}), (2, {PP: 2})], ids=["single", "tp2", "pp2"])
 def test_greedy_text_is_that_of_transformers(cases, expected, ranks, layout):
-    run_ranks(ranks, compare, cases, expected, layout)
+    tried = {case: folder for case, folder in cases.items() if PP not in layout or case in STAGED}
+    run_ranks(ranks, compare, tried, expected, layout)
 
 
 def read_whole(folder, expected):
