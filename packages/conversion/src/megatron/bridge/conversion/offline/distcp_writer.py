@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE
+from megatron.bridge.conversion.hf.shard_files import PIECE_BYTES
 from megatron.bridge.conversion.offline.journal import Part
 from megatron.bridge.conversion.offline.keys import Place
 from megatron.bridge.conversion.offline.tensor_archive import write_tensor
@@ -110,10 +111,13 @@ class _Summed:
         self.begin = self.end = self.crc = 0
 
     def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        self.end += memoryview(data).nbytes
-        self._stream.write(data)
-        return memoryview(data).nbytes
+        view = memoryview(data).cast("B")
+        for start in range(0, view.nbytes, PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
+            self.crc = zlib.crc32(piece, self.crc)
+            self._stream.write(piece)
+        self.end += view.nbytes
+        return view.nbytes
 
     def flush(self) -> None:
         """Nothing: the file is flushed once, when it is complete."""
