@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 from megatron.bridge.errors import BridgeError
 
@@ -159,16 +160,26 @@ def destroy_model_parallel() -> None:
     for group in groups:
         with contextlib.suppress(ValueError):  # Megatron-Core has taken it down itself
             dist.destroy_process_group(group)
+    _forget_dead_groups(parallel_state)
+
+
+def _forget_dead_groups(parallel_state: Any) -> None:
+    """Megatron-Core remembers some of its groups; a dead one would be joined when a forked rank replaces it."""
+    import torch.distributed as dist
+
     for name, value in vars(parallel_state).items():
-        # Some are remembered all the same; a dead one would be joined when a forked rank replaces it.
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
 
 
 def destroy_distributed() -> None:
     """Take down Megatron's groups and torch.distributed, so that another world can be built in this process."""
+    import sys
+
     import torch.distributed as dist
 
     destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if parallel_state := sys.modules.get("megatron.core.parallel_state"):
+        _forget_dead_groups(parallel_state)

@@ -28,7 +28,6 @@ def build_optimizer(
     model: "BridgeMimoModel",
     settings: OptimizerConfig,
     overrides: Any = None,
-    by_module: Mapping[str, OptimizerConfig] | None = None,
 ) -> MimoOptimizer:
     """The optimizer of the modules on this rank. Collective over the world.
 
@@ -36,7 +35,6 @@ def build_optimizer(
         model: its modules wrapped in Megatron-Core's DDP.
         settings: of all modules.
         overrides: Megatron-Core's `config_overrides`.
-        by_module: other settings for some.
     """
     infos = {}
     for name, place in model.module_groups.items():
@@ -47,7 +45,7 @@ def build_optimizer(
                 dist.all_gather_object([None] * dist.get_world_size(), [])
         else:
             made = get_megatron_optimizer(
-                (by_module or {}).get(name, settings),
+                settings,
                 [part],
                 config_overrides=overrides,
                 use_gloo_process_groups=False,

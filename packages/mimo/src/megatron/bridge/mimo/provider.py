@@ -1,5 +1,6 @@
 """`MimoProvider`: everything that defines a MIMO model, as one dataclass that can build it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -145,7 +146,7 @@ class MimoProvider:
             f"the micro-batches of all replicas have {samples} samples (micro_batch_size={micro_batch_size} x "
             f"data_parallel={self.llm_layout.data_parallel} of {self.placement.llm_module_name!r}), which {name!r} "
             f"cannot divide among data_parallel={layout.data_parallel}; set micro_batch_size="
-            f"{micro_batch_size * layout.data_parallel // _common(samples, layout.data_parallel)}"
+            f"{micro_batch_size * layout.data_parallel // math.gcd(samples, layout.data_parallel)}"
             for name, layout in self.placement.module_parallelisms.items()
             if samples % layout.data_parallel
         ]
@@ -323,12 +324,6 @@ class MimoProvider:
 
 _OWN = frozenset(each.name for each in fields(MimoProvider))
 _OF_LANGUAGE = frozenset(each.name for each in fields(GPTModelProvider))
-
-
-def _common(one: int, other: int) -> int:
-    import math
-
-    return math.gcd(one, other)
 
 
 def _first_here(modules: "Mapping[str, ModuleGroups]") -> "ModuleGroups":
