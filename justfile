@@ -13,7 +13,7 @@ lint:
     ruff check .
 
 types:
-    mypy packages recipes plugins
+    MYPYPATH="$(printf '%s:' plugins/*/src)" mypy packages recipes plugins
 
 layers:
     lint-imports
@@ -41,3 +41,16 @@ mimo-parity:
 # Write the recipes' entry points and layouts, try a tiny variant of each, and record it (docs/recipe-book.md).
 recipes *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m recipe_book {{args}}
+
+# Write down the public names and signatures (docs/api), which a test holds to the sources.
+api:
+    PYTHONPATH=integration_tests python -m public_api
+
+# Begin a package in plugins/ and make it a member of the workspace: `just new-plugin acme-norms --kind peft`.
+new-plugin name *args:
+    megatron-bridge new plugin {{name}} --into plugins {{args}}
+    uv add --group plugins ./plugins/{{name}}
+
+# Begin a family in packages/models for a model that transformers has: `just new-family Olmo2ForCausalLM`.
+new-family architecture:
+    PYTHONPATH=integration_tests python -m new_family {{architecture}}
