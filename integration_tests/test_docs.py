@@ -7,7 +7,7 @@ from reader import Reader, runnable, unexplained
 from readme_blocks import Block, blocks
 from small_models import REPOSITORY
 
-PAGES = {page: blocks(page.read_text("utf-8")) for page in sorted((REPOSITORY / "docs").glob("*.md"))}
+PAGES = {page: blocks(page.read_text("utf-8")) for page in sorted((REPOSITORY / "docs").rglob("*.md"))}
 RUN = [(page, block) for page, document in PAGES.items() for block in runnable(document)]
 
 
