@@ -17,7 +17,7 @@ def expect_to_run(text: str, world_size: int | None) -> None:
     from megatron.bridge.platform.engine import import_engine
     from megatron.bridge.training.migration.recipe import megatron_lm
     from megatron.bridge.training.overrides import apply_yaml
-    from megatron.bridge.training.validation import model_parallel_size
+    from megatron.bridge.training.problems.layout import model_parallel_size
 
     import_engine()
     cfg = megatron_lm()
