@@ -46,6 +46,13 @@ recipes *args:
 api:
     PYTHONPATH=integration_tests python -m public_api
 
+# Test the plugin for NeMo-Run, which wants an environment of its own.
+nemo-run:
+    uv venv --quiet --clear .venv-nemo-run
+    uv pip install --quiet --python .venv-nemo-run/bin/python -e packages/conversion -e packages/models -e packages/peft \
+        -e packages/data -e packages/training -e plugins/nemo_run pytest pytest-timeout hypothesis 'torch<2.14'
+    .venv-nemo-run/bin/python -m pytest plugins/nemo_run -q
+
 # Begin a package in plugins/ and make it a member of the workspace: `just new-plugin acme-norms --kind peft`.
 new-plugin name *args:
     megatron-bridge new plugin {{name}} --into plugins {{args}}
