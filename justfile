@@ -44,8 +44,8 @@ recipes *args:
 
 # Build the documentation into site/; a broken link or anchor is an error.
 docs:
-    mkdocs build --strict --quiet
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # Show it on this machine, built anew at every change.
 docs-serve *args:
-    mkdocs serve {{args}}
+    NO_MKDOCS_2_WARNING=1 mkdocs serve {{args}}

@@ -1,5 +1,6 @@
 """A reader who follows a document: every block in its order, in one folder with a model and a project in it."""
 
+import atexit
 import os
 import re
 import runpy
@@ -7,8 +8,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,7 @@ class Reader:
         self.outputs = outputs
         self.done = 0
         self.installed = outputs / "site-packages"
-        save_small_tokenizer(folder / "meta-llama/Llama-3.2-1B")
-        # As many heads as the model that the README names.
-        sizes = {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 8}
-        save_small_llama(folder / "meta-llama/Llama-3.2-1B", **sizes)
+        shutil.copytree(small_llama_of_many_heads(), folder / "meta-llama/Llama-3.2-1B")
         shutil.copytree(REPOSITORY / "packages/data/src", folder / "my_project")
 
     def read_to(self, block: Block) -> None:
@@ -82,7 +82,9 @@ class Reader:
         if block.ranks > 1:
             assert run_ranks(block.ranks, _run_script, script, self.folder, timeout=120) == [0] * block.ranks
         else:
-            ended = in_child(self._knowing(lambda: _run_script(script, self.folder)), self.folder, self.outputs / block.name)
+            ended = in_child(
+                self._knowing(lambda: _run_script(script, self.folder)), self.folder, self.outputs / block.name
+            )
             assert ended.code == 0, ended.err
 
     def _run_command(self, words: list[str], promised: str) -> None:
@@ -133,6 +135,17 @@ class Reader:
             check=False,
         )
         return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+@cache
+def small_llama_of_many_heads() -> Path:
+    """A folder with a small model that has as many heads as the one that the documents name, made once."""
+    root = tempfile.mkdtemp(prefix="small-llama-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    folder = Path(root) / "model"
+    save_small_tokenizer(folder)
+    save_small_llama(folder, hidden_size=256, num_attention_heads=32, num_key_value_heads=8)
+    return folder
 
 
 def build_and_unpack(package: Path, wheels: Path, site: Path) -> None:

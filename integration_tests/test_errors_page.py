@@ -27,7 +27,9 @@ def _template(node: ast.expr) -> str | None:
 @cache
 def _texts() -> list[str]:
     """Every text in the sources that is no docstring."""
-    return [text for file in sorted(REPOSITORY.glob("packages/*/src/**/*.py")) for text in _of(ast.parse(file.read_bytes()))]
+    return [
+        text for file in sorted(REPOSITORY.glob("packages/*/src/**/*.py")) for text in _of(ast.parse(file.read_bytes()))
+    ]
 
 
 def _of(tree: ast.Module) -> Iterator[str]:

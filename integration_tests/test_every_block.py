@@ -23,7 +23,14 @@ RUNNERS: dict[str, tuple[str, set[str]]] = {
     },
     "recipes/README.md": ("integration_tests/test_package_readmes.py", BY_READERS),
 }
-PATTERNS = ("*.md", "docs/**/*.md", "packages/*/README.md", "recipes/README.md", "plugins/README.md", "plugins/*/README.md")
+PATTERNS = (
+    "*.md",
+    "docs/**/*.md",
+    "packages/*/README.md",
+    "recipes/README.md",
+    "plugins/README.md",
+    "plugins/*/README.md",
+)
 PAGES = sorted({path.relative_to(REPOSITORY).as_posix() for pattern in PATTERNS for path in REPOSITORY.glob(pattern)})
 
 

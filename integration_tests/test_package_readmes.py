@@ -13,9 +13,7 @@ from megatron.bridge.cli.root import COMMANDS
 READMES = [*sorted(REPOSITORY.glob("packages/*/README.md")), REPOSITORY / "recipes/README.md"]
 # These build up an example over several blocks, which a test in the package itself runs.
 TESTED_AT_HOME = ("data", "mimo")
-FOLLOWED = {
-    file: blocks(file.read_text("utf-8")) for file in READMES if file.parent.name not in TESTED_AT_HOME
-}
+FOLLOWED = {file: blocks(file.read_text("utf-8")) for file in READMES if file.parent.name not in TESTED_AT_HOME}
 COMMAND_LINES = [
     words
     for file in READMES

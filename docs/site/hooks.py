@@ -1,7 +1,7 @@
 """What MkDocs does not do by itself: pages from the whole repository, patterns in the navigation, sources in one tree.
 
-Every page keeps its path in the repository as its name in the site, so that a relative link leads to the same page on the
-code host and here. Its address leaves `docs/` out.
+Every page keeps its path in the repository as its name in the site, so that a relative link leads to the same page on
+the code host and here. Its address leaves `docs/` out.
 """
 
 import shutil
@@ -63,7 +63,9 @@ def expanded(nav: list[Any], taken: set[str]) -> list[Any]:
         if isinstance(entry, str) and "*" in entry:
             entries += [path for path in found(entry) if path not in taken]
         elif isinstance(entry, dict):
-            entries.append({title: expanded(below, taken) if isinstance(below, list) else below for title, below in entry.items()})
+            entries.append(
+                {title: expanded(below, taken) if isinstance(below, list) else below for title, below in entry.items()}
+            )
         else:
             entries.append(entry)
     return entries

@@ -86,9 +86,9 @@ def data_way() -> str:
         text(304, 382, "export"),
     ]
     says = (
-        "A Hugging Face folder and a family's table make a plan; each rank reads the bytes it owns; the model streams to "
-        "an inference engine, is exported to a Hugging Face folder and saved as a Megatron checkpoint, from which a run "
-        "goes on at any layout. Offline conversion goes from the plan to the checkpoint without a model."
+        "A Hugging Face folder and a family's table make a plan; each rank reads the bytes it owns; the model streams "
+        "to an inference engine, is exported to a Hugging Face folder and saved as a Megatron checkpoint, from which a "
+        "run goes on at any layout. Offline conversion goes from the plan to the checkpoint without a model."
     )
     return picture(880, 420, "The data's way", says, parts)
 
@@ -128,8 +128,8 @@ def layouts() -> str:
     says = (
         "Tensor parallelism cuts each matrix, pipeline parallelism puts layers in stages, data parallelism gives each "
         "rank a model and other rows, context parallelism cuts sequences, expert parallelism spreads experts. Below: "
-        "eight ranks with tensor, pipeline and data parallelism of two each; neighbours are tensor-parallel, the halves "
-        "are pipeline stages."
+        "eight ranks with tensor, pipeline and data parallelism of two each; neighbours are tensor-parallel, the "
+        "halves are pipeline stages."
     )
     return picture(880, 440, "Parallel layouts", says, parts)
 
