@@ -4,8 +4,8 @@
 
 - bridge: `megatron.bridge.training.train.train`, all of the loop but data loading: steps, reports to a file, the ranks'
   agreement whether to go on; of this project's model with the layer spec `torch`;
-- same model: a bare loop on Megatron-Core's schedule, DDP and optimizer around the very same model: what lies between
-  the two is what our loop costs;
+- same model: a bare loop on Megatron-Core's schedule, DDP and optimizer around the very same model, and with the same
+  allocator settings: what lies between the two is what our loop costs;
 - megatron: the bare loop around Megatron-Core's own model and its layer spec `local`;
 - transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW` (one process).
 
@@ -150,6 +150,9 @@ def _provider(shape: Shape) -> Any:
 
 
 def _our_model(shape: Shape) -> Any:
+    from megatron.bridge.platform import keep_freed_memory
+
+    keep_freed_memory()  # as the whole loop does
     return _provider(shape).provide_distributed_model(wrap_with_ddp=False)[0]
 
 
