@@ -1,14 +1,16 @@
 """What MkDocs does not do by itself: pages from the whole repository, patterns in the navigation, sources in one tree.
 
 Every page keeps its path in the repository as its name in the site, so that a relative link leads to the same page on
-the code host and here. Its address leaves `docs/` out.
+the code host and here.
 """
 
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 OUTSIDE = ("*.md", "LICENSE", "packages/*/README.md", "recipes/README.md", "plugins/README.md", "plugins/*/README.md")
 INSIDE = ("docs/**/*.md", "docs/*.svg", "docs/site/*.css")
-# The page that greets is docs/index.md.
-ADDRESSES = {"README.md": "tour/index.html"}
+# What a path begins with, and what its address begins with: each page has one of its own.
+ADDRESSES = {"docs/": "", "README.md": "tour/", "plugins/": "packages/plugins/", "recipes/": "packages/recipes/"}
 
 _sources = tempfile.TemporaryDirectory(prefix="megatron-bridge-sources-")
 
@@ -38,14 +40,18 @@ def on_files(files: "Files", config: "MkDocsConfig") -> None:
     """Put the repository's pages in the place of those that were found in `docs_dir`."""
     for file in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(file)
-    for path in found(*OUTSIDE, *INSIDE):
-        files.append(page(path, config))
+    pages = [page(path, config) for path in found(*OUTSIDE, *INSIDE)]
+    if twice := [address for address, count in Counter(each.dest_uri for each in pages).items() if count > 1]:
+        raise PluginError(f"several pages have the address {', '.join(twice)}; give them others in {__file__}")
+    for each in pages:
+        files.append(each)
 
 
 def page(path: str, config: "MkDocsConfig") -> File:
     """The file at `path` of the repository, at its address."""
+    start = next((start for start in ADDRESSES if path.startswith(start)), "")
     plain = File(path, str(ROOT), config.site_dir, config.use_directory_urls)
-    address = ADDRESSES.get(path, plain.dest_uri.removeprefix("docs/"))
+    address = ADDRESSES.get(start, "") + plain.dest_uri.removeprefix(start)
     return File(path, str(ROOT), config.site_dir, config.use_directory_urls, dest_uri=address)
 
 
