@@ -23,7 +23,7 @@ class ${Class}Bridge(DenseBridge):
     """`$architecture`: Llama's layout."""
 ''')
 _TEST = Template('''\
-"""`$architecture` against transformers: logits and weights at several layouts, names, shapes, each rule left out."""
+"""`$architecture` against transformers, by the family test kit."""
 
 import pytest
 from transformers import $config_class
