@@ -254,5 +254,12 @@ def test_a_placement_of_a_thousand_ranks_is_refused_quickly() -> None:
 
 
 def test_placements_need_no_torch() -> None:
-    code = "import sys, megatron.bridge.mimo; assert not {'torch', 'megatron.core'} & sys.modules.keys()"
+    code = (
+        "import sys; from megatron.bridge.mimo import *\n"
+        "modules = {'lm': ModuleParallelismConfig(tensor_parallel=3), 'images': ModuleParallelismConfig()}\n"
+        "wrong = MimoParallelismConfig(llm_module_name='lm', deployment_mode='colocated', module_parallelisms=modules)\n"
+        "try:\n    wrong.finalize(4)\nexcept PlacementError as error:\n    placement, ranks = error.repair.apply(wrong, 4)\n"
+        "placement.finalize(ranks)\n"
+        "assert not {'torch', 'megatron.core'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
