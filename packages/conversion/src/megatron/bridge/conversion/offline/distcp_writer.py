@@ -6,11 +6,12 @@ The format is theirs: each entry of a file is a `torch.save` archive, and `.meta
 
 import json
 import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from zlib_ng.zlib_ng import crc32
 
 from megatron.bridge.conversion.checkpoint_layout import METADATA_FILE
 from megatron.bridge.conversion.hf.shard_files import PIECE_BYTES
@@ -114,7 +115,7 @@ class _Summed:
         view = memoryview(data).cast("B")
         for start in range(0, view.nbytes, PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
-            self.crc = zlib.crc32(piece, self.crc)
+            self.crc = crc32(piece, self.crc)
             self._stream.write(piece)
         self.end += view.nbytes
         return view.nbytes

@@ -4,11 +4,12 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from functools import partial as bound
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from zlib_ng.zlib_ng import crc32
 
 from megatron.bridge.conversion.auto_bridge import AutoBridge
 from megatron.bridge.conversion.entries import base_name, entry_of
@@ -115,7 +116,7 @@ def _job(plan: Plan, weights: MegatronWeights, layouts: tuple[ShardLayout, ...])
     """All that decides the result."""
     return {
         "source": state_of(weights.files),
-        "headers": [zlib.crc32(layout.header) for layout in layouts],
+        "headers": [crc32(layout.header) for layout in layouts],
         "plan": [(item.megatron, item.hf, repr(item.rule.transform)) for item in plan],
     }
 
@@ -171,7 +172,7 @@ class _Export:
         shard = ShardFile(self._folder, layout)
         shard.path.unlink(missing_ok=True)
         shard.create()
-        parts = [Part("header", 0, len(layout.header), zlib.crc32(layout.header))]
+        parts = [Part("header", 0, len(layout.header), crc32(layout.header))]
         for item in self._items[layout.file].values():
             parts += self._write_item(shard, item)
 
@@ -220,7 +221,7 @@ class _Export:
             tensor = piece.contiguous()
             first = index * tensor.nbytes
             shard.write(written, tensor, first)
-            crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            crc = crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
             parts.append(Part(output, len(shard.layout.header) + stored.begin + first, tensor.nbytes, crc))
         return parts
 
@@ -235,7 +236,7 @@ def _write_rows(shard: ShardFile, name: str, item: PlanItem, rows: "torch.Tensor
     shape = item.hf_shapes[item.hf.index(name)]
     before = (entry * math.prod(shape) + first * math.prod(shape[1:])) * stored.dtype.itemsize
     shard.write(weight, tensor, before)
-    crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    crc = crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return Part(f"{name}@{first}", len(shard.layout.header) + stored.begin + before, tensor.nbytes, crc)
 
 

@@ -7,11 +7,12 @@ import fcntl
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+
+from zlib_ng.zlib_ng import crc32
 
 from megatron.bridge.errors import BridgeError
 
@@ -115,7 +116,7 @@ def _crc(file: Any, part: Part) -> int | None:
         data = file.read(min(remaining, _READ_BYTES))
         if not data:
             return None
-        crc, remaining = zlib.crc32(data, crc), remaining - len(data)
+        crc, remaining = crc32(data, crc), remaining - len(data)
     return crc
 
 

@@ -9,12 +9,13 @@ import mmap
 import os
 import pickle
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+
+from zlib_ng.zlib_ng import crc32
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,7 @@ def _records(archive: zipfile.ZipFile, mapped: memoryview) -> Iterator[tuple[str
         lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
         begin = entry.header_offset + _LOCAL_HEADER_BYTES + sum(lengths)
         record = mapped[begin : begin + entry.file_size]
-        if len(record) != entry.file_size or zlib.crc32(record) != entry.CRC:
+        if len(record) != entry.file_size or crc32(record) != entry.CRC:
             raise ValueError(f"the checksum of {entry.filename} is wrong")
         yield entry.filename.partition("/")[2], record
 
