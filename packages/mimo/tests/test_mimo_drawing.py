@@ -54,7 +54,9 @@ def test_what_cannot_work_is_drawn_and_then_refused(tmp_path: Path) -> None:
     assert told.exit_code == 1
     assert "2     -       TP2" in told.output
     assert "'images' has 2 ranks, and 4 are running; set data_parallel=4 for 'images'" in told.output
-    file.write_text(file.read_text() + "ablate: {model.module_parallelisms.images: [{data_parallel: 4}, {tensor_parallel: 4}]}\n")
+    file.write_text(
+        file.read_text() + "ablate: {model.module_parallelisms.images: [{data_parallel: 4}, {tensor_parallel: 4}]}\n"
+    )
     told = CliRunner().invoke(cli, ["mimo", "draw", str(file), "--svg", str(tmp_path / "picture.svg")])
     assert told.exit_code == 0, told.output
     assert "TP3" in texts((tmp_path / "picture-2.svg").read_text())

@@ -14,7 +14,6 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.planner.encoder_shape import EncoderShape, tower_shape
 from megatron.bridge.mimo.planner.search import LANGUAGE, MimoQuestion, best, plans
 from megatron.bridge.training.planner.hardware import cluster
-from megatron.bridge.training.planner.layout import Layout
 from megatron.bridge.training.planner.plan import Question, planned
 from megatron.bridge.training.planner.shape import ModelShape
 
@@ -41,7 +40,9 @@ def encoder(values: Any = CLIP_LARGE, **changes: Any) -> EncoderShape:
 
 
 def asked(gpus: str, batch: int = 64, shape: ModelShape = SEVEN, **encoders: EncoderShape) -> MimoQuestion:
-    return MimoQuestion(Question(shape=shape, cluster=cluster(gpus), global_batch=batch), encoders or {"images": encoder()})
+    return MimoQuestion(
+        Question(shape=shape, cluster=cluster(gpus), global_batch=batch), encoders or {"images": encoder()}
+    )
 
 
 def test_a_tower_has_the_weights_that_transformers_gives_it() -> None:
@@ -49,11 +50,13 @@ def test_a_tower_has_the_weights_that_transformers_gives_it() -> None:
     import transformers
 
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    small |= {"image_size": 28, "patch_size": 7}
+    large = {name: value for name, value in CLIP_LARGE.items() if name != "model_type"}
     cases = [
-        (transformers.CLIPVisionConfig(**{k: v for k, v in CLIP_LARGE.items() if k != "model_type"}), "CLIPVisionModel"),
-        (transformers.CLIPVisionConfig(**small, image_size=28, patch_size=7), "CLIPVisionModel"),
-        (transformers.SiglipVisionConfig(**small, image_size=28, patch_size=7, vision_use_head=False), "SiglipVisionModel"),
-    ]  # fmt: skip
+        (transformers.CLIPVisionConfig(**large), "CLIPVisionModel"),
+        (transformers.CLIPVisionConfig(**small), "CLIPVisionModel"),
+        (transformers.SiglipVisionConfig(**small, vision_use_head=False), "SiglipVisionModel"),
+    ]
     for config, name in cases:
         with torch.device("meta"):
             model = getattr(transformers, name)(config)
@@ -121,8 +124,8 @@ def test_what_does_not_fit_or_divide_is_refused() -> None:
     big = SEVEN.replace(num_layers=96, hidden_size=12288, ffn_hidden_size=32768, num_attention_heads=96)
     with pytest.raises(BridgeError, match=r"placement fits 8xH100: the smallest, .* takes .* GB per device"):
         best(asked("8xH100", 64, big), 1)
-    with pytest.raises(BridgeError, match="divides a batch of 7 samples"):
-        best(asked("16xH100", 7), 1)
+    with pytest.raises(BridgeError, match="no colocated placement on 16xH100 divides a batch of 7 samples"):
+        best(dataclasses.replace(asked("16xH100", 7), modes=("colocated",)), 1)
 
 
 def folders(tmp_path: Path) -> list[str]:

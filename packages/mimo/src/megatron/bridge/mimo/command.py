@@ -23,7 +23,9 @@ def mimo() -> None:
 @click.option("--recipe", help="The model of files that name none: a recipe, or module:function.")
 @click.option("--nproc", type=click.IntRange(min=1), help="Ranks; as many as each placement takes, if left out.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps to time, instead of what the files say.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the report; where the files are, if left out.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the report; where the files are, if left out."
+)
 @click.option("--timeout", type=click.FloatRange(min=1), default=600.0, show_default=True, help="Seconds for each.")
 @click.option("--plots/--no-plots", default=True, help="Draw pictures; needs matplotlib.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the placements, and start nothing.")
@@ -154,6 +156,6 @@ def _refuse_without_matplotlib() -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise BridgeError(
-            "drawing needs the package matplotlib, which is not there: uv pip install 'megatron-bridge-mimo[plot]', or "
-            "give --no-plots"
+            "drawing needs the package matplotlib, which is not there: give --no-plots, or uv pip install "
+            "'megatron-bridge-training[plot]'"
         )

@@ -105,7 +105,8 @@ class ExchangeLog:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    original = getattr(owner, name)
+    # In the class lies what binds the object; taken from the class, it has lost that.
+    kept, original = vars(owner)[name], getattr(owner, name)
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ def _replaced(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[No
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        setattr(owner, name, kept)
 
 
 def _nbytes(name: str, args: Sequence[Any]) -> int:

@@ -17,7 +17,7 @@ type _Rows = list[tuple[str, RunFigures, int]]
 
 
 def draw(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """matplotlib figures by name, of the runs that went well: `throughput` and, where steps were watched, `timeline`."""
+    """matplotlib figures by name, of the runs that went well: `throughput`, and `timeline` of watched steps."""
     runs = [(each.experiment.name, each.figures) for each in outcomes if each.figures is not None]
     watched = [(name, found) for name, found in runs if found.watched]
     pictures = {"throughput": _throughput(runs, watched)}
@@ -84,7 +84,9 @@ def _legend(figure: Any, colours: dict[str, tuple[str, str]]) -> None:
 
     named = {f"{name} {what}": pair[what == BACKWARD] for name, pair in colours.items() for what in (FORWARD, BACKWARD)}
     named |= {what: _GREY[what] for what in (OPTIMIZER, EXCHANGE, WAITING)}
-    patches = [Patch(facecolor=colour, edgecolor="#777777", linewidth=0.3, label=name) for name, colour in named.items()]
+    patches = [
+        Patch(facecolor=colour, edgecolor="#777777", linewidth=0.3, label=name) for name, colour in named.items()
+    ]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 

@@ -65,7 +65,7 @@ def table(outcomes: Sequence[Outcome]) -> "Table":
     lines = [cells(each) for each in ordered(outcomes)]
     found = Table(title="megatron-bridge mimo run")
     for column in _columns(lines):
-        found.add_column(column, justify="left" if column in _WORDS else "right")
+        found.add_column(column, justify="left" if column in _WORDS else "right", no_wrap=column in _WORDS)
     for line in lines:
         found.add_row(*(_stacked(column, line.get(column, "")) for column in _columns(lines)))
     return found
@@ -96,14 +96,12 @@ def _failure(outcome: Outcome) -> str:
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
     """Who does most for each rank, and what of a step made the difference; nothing where there is nobody to beat."""
-    first, *others = [each for each in ordered(outcomes) if each.figures is not None] or [None]
-    if first is None or not others:
+    ran = [(each.experiment.name, each.figures) for each in ordered(outcomes) if each.figures is not None]
+    if len(ran) < 2:
         return ""
-    second = others[0]
-    won, lost = first.figures, second.figures
-    assert won is not None and lost is not None
+    (first, won), (second, lost) = ran[:2]
     ahead = won.samples_per_second_and_rank / lost.samples_per_second_and_rank - 1
-    told = f"{first.experiment.name!r} does most for each rank: {ahead:.0%} more than {second.experiment.name!r}."
+    told = f"{first!r} does most for each rank: {ahead:.0%} more than {second!r}."
     if won.watched and lost.watched:
         shares = [
             f"{name} {share(won):.0%} of a step (there {share(lost):.0%})"

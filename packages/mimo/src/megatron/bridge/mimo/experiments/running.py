@@ -46,6 +46,7 @@ def run_here(experiments: Sequence[Experiment], timeout: float, tell: Callable[[
     """
     from megatron.bridge.platform.launch import run_ranks, share_of_cores
 
+    _import_for_ranks(experiments)
     outcomes = []
     for each in experiments:
         tell(f"{each.name}: {each.mode}, {each.ranks} rank{'s' * (each.ranks != 1)}")
@@ -56,6 +57,19 @@ def run_here(experiments: Sequence[Experiment], timeout: float, tell: Callable[[
             tell(f"{each.name} failed: {error}")
             outcomes.append(Outcome(each, None, str(error)))
     return outcomes
+
+
+def _import_for_ranks(experiments: Sequence[Experiment]) -> None:
+    """Import here what the ranks will: each of them would take as long as this process alone."""
+    import megatron.bridge.mimo.experiments.monitor
+    import megatron.bridge.training.setup
+    import megatron.bridge.training.train  # noqa: F401
+    from megatron.bridge.mimo.experiments.operations import item_flops
+
+    for each in {each.recipe: each for each in experiments}.values():
+        provider = each.configured().model
+        for encoder in provider.encoders.values():
+            item_flops(encoder, provider)  # builds it without its weights
 
 
 def run_as_rank(experiments: Sequence[Experiment], timeout: float, tell: Callable[[str], None]) -> list[Outcome]:

@@ -48,7 +48,7 @@ def encoder_cost(
     held = stage_memory(encoder.tower, one, 0, replicas=replicas, micro_batches=1, size=size, spec="torch")
     trained = encoder.projector_parameters + (0 if encoder.frozen else encoder.tower_parameters)
     shared = replicas if size.distributed else 1
-    memory = size.weight * (encoder.tower_parameters + encoder.projector_parameters)
+    memory = float(size.weight * (encoder.tower_parameters + encoder.projector_parameters))
     memory += trained * (size.gradient + size.optimizer / shared)
     memory += items * held.activations * (1 / encoder.tower.num_layers if encoder.frozen else under_way)
     tower = taken.compute / (_PASSES if encoder.frozen else 1)

@@ -90,6 +90,4 @@ def encoder_of_folder(folder: str, hidden_size: int, *, items: float, frozen: bo
         BridgeError: there is no configuration of a vision tower.
     """
     tower, patch_weights = tower_shape(read_config(folder), folder)
-    return EncoderShape(
-        tower=tower, patch_weights=patch_weights, hidden_size=hidden_size, items=items, frozen=frozen
-    )
+    return EncoderShape(tower=tower, patch_weights=patch_weights, hidden_size=hidden_size, items=items, frozen=frozen)

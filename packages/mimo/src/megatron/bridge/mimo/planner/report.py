@@ -68,7 +68,7 @@ def reason(first: MimoPlan, found: Mapping[str, Sequence[MimoPlan]]) -> str:
 def _loses(plan: MimoPlan) -> str:
     """Where the time of a placement goes that another one saves."""
     if plan.mode == "heterogeneous":
-        idle = min(plan.pass_seconds, key=lambda name: plan.busy(name))
+        idle = min(plan.pass_seconds, key=plan.busy)
         return f"the ranks of {idle} compute {plan.busy(idle):.0%} of a step"
     repeated = max(
         (layout.total_ranks // layout.data_parallel, name)
