@@ -41,3 +41,11 @@ mimo-parity:
 # Write the recipes' entry points and layouts, try a tiny variant of each, and record it (docs/recipe-book.md).
 recipes *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m recipe_book {{args}}
+
+# Build the documentation into site/; a broken link or anchor is an error.
+docs:
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+# Show it on this machine, built anew at every change.
+docs-serve *args:
+    NO_MKDOCS_2_WARNING=1 mkdocs serve {{args}}

@@ -1,20 +1,25 @@
 """Training speed on this machine: loops around one Llama, in turn, as tokens per second.
 
-`uv run python benchmarks/train.py` compares in fp32, on one process each, or with `--ranks 2` on data-parallel ones,
+`uv run python benchmarks/train.py` compares in fp32 or, with `--bf16`, in bf16, on whatever device is there, on one
+process each, or with `--ranks 2` on data-parallel ones,
 
 - bridge: `megatron.bridge.training.train.train`, all of the loop but data loading: steps, reports to a file, the ranks'
   agreement whether to go on; of this project's model with the layer spec `torch`;
-- same model: a bare loop on Megatron-Core's schedule, DDP and optimizer around the very same model: what lies between
-  the two is what our loop costs;
+- same model: a bare loop on Megatron-Core's schedule, DDP and optimizer around the very same model, and with the same
+  allocator settings: what lies between the two is what our loop costs;
 - megatron: the bare loop around Megatron-Core's own model and its layer spec `local`;
-- transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW` (one process).
+- transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW` (one process); in bf16 its
+  weights and moments are bf16, where Megatron-Core keeps fp32 ones beside them.
 
 Every loop clips gradients to norm 1 and sees the same tokens. Each has processes of its own, kept warm, and they take
 turns, so that whatever else runs here slows all alike; turns are compared round by round, and medians are told. On a
 busy machine the figures of CPU time say more than those on the clock; `OMP_NUM_THREADS=1` makes them sharper still.
+Model FLOPs utilisation is told where the device's peak is known: `--shape llama32_1b --bf16 --only bridge transformers`
+on one GPU.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import socket
@@ -23,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -31,7 +37,7 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """The Llama that is trained: 8 query heads to every 4 key heads (GQA), untied embeddings."""
+    """The Llama that is trained."""
 
     layers: int = 8
     hidden: int = 512
@@ -41,11 +47,20 @@ class Shape:
     vocabulary: int = 2048
     length: int = 512
     batch: int = 4
+    tied: bool = False
+    dtype: str = "float32"
 
     @property
     def tokens(self) -> int:
         """Tokens of one step on one rank."""
         return self.batch * self.length
+
+
+SHAPES = {
+    "small": Shape(),
+    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
+    "llama32_1b": Shape(16, 2048, 8192, 32, 8, vocabulary=128256, length=4096, batch=1, tied=True),
+}
 
 
 @dataclass(frozen=True)
@@ -90,15 +105,19 @@ LEARNING_RATE = 3e-4
 
 
 def batches(shape: Shape) -> Iterator[torch.Tensor]:
-    """Rows of `length + 1` random tokens, the same for every loop."""
+    """Rows of `length + 1` random tokens on this process's device, the same for every loop."""
+    from megatron.bridge.platform import device
+
     generator = torch.Generator().manual_seed(int(os.environ.get("RANK", 0)))
     while True:
-        yield torch.randint(0, shape.vocabulary, (shape.batch, shape.length + 1), generator=generator)
+        yield torch.randint(0, shape.vocabulary, (shape.batch, shape.length + 1), generator=generator).to(device())
 
 
 def transformers_loop(shape: Shape, turns: Turns) -> None:
     """A plain loop around transformers' Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron.bridge.platform import device
 
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -108,10 +127,11 @@ def transformers_loop(shape: Shape, turns: Turns) -> None:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_heads,
         max_position_embeddings=shape.length,
+        tie_word_embeddings=shape.tied,
         attn_implementation="sdpa",
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).to(device(), getattr(torch, shape.dtype)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     rows = batches(shape)
 
@@ -145,11 +165,22 @@ def _provider(shape: Shape) -> Any:
         hidden_dropout=0.0,
         vocab_size=shape.vocabulary,
         seq_length=shape.length,
+        share_embeddings_and_output_weights=shape.tied,
         layer_spec="torch",
+        **low_precision(shape),
     )
 
 
+def low_precision(shape: Shape) -> dict[str, Any]:
+    """What Megatron-Core's configurations say of bf16."""
+    dtype = getattr(torch, shape.dtype)
+    return {"bf16": True, "params_dtype": dtype, "pipeline_dtype": dtype} if shape.dtype == "bfloat16" else {}
+
+
 def _our_model(shape: Shape) -> Any:
+    from megatron.bridge.platform import keep_freed_memory
+
+    keep_freed_memory()  # as the whole loop does
     return _provider(shape).provide_distributed_model(wrap_with_ddp=False)[0]
 
 
@@ -178,12 +209,13 @@ def bridge_loop(shape: Shape, turns: Turns) -> None:
         tokenizer=c.TokenizerConfig(vocab_size=shape.vocabulary),
         train=c.TrainingConfig(train_iters=1000, global_batch_size=batch, micro_batch_size=shape.batch),
         optimizer=c.OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0),
+        mixed_precision="bf16_mixed" if shape.dtype == "bfloat16" else None,
         logger=c.LoggerConfig(progress=False, folder=tempfile.mkdtemp()),
     )
     run = setup(cfg, [InTurns()])
     rows = batches(shape)
-    positions = torch.arange(shape.length).expand(shape.batch, -1)
-    mask = torch.ones(shape.batch, shape.length)
+    positions = torch.arange(shape.length, device=platform.device()).expand(shape.batch, -1)
+    mask = torch.ones(shape.batch, shape.length, device=platform.device())
 
     def same_tokens() -> Iterator[dict[str, torch.Tensor]]:
         for row in rows:
@@ -196,25 +228,29 @@ def bridge_loop(shape: Shape, turns: Turns) -> None:
 
 def megatron_loop(shape: Shape, turns: Turns, build: Callable[[Shape], Any]) -> None:
     """Megatron-Core's own schedule, DDP and optimizer around a GPT model."""
-    from megatron.bridge.platform import initialize_distributed
+    from megatron.bridge import platform
 
-    initialize_distributed()
+    platform.initialize_distributed()
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.module import Float16Module
 
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    model = build(shape)
+    model = build(shape).to(platform.device())
     model.config.finalize_model_grads_func = finalize_model_grads
+    if (low := low_precision(shape)) and not isinstance(model, Float16Module):
+        model = Float16Module(model.config, model)
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     wrapped.broadcast_params()
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0), [wrapped])
+    settings = OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0, **low)
+    optimizer = get_megatron_optimizer(settings, [wrapped])
     forward_backward = get_forward_backward_func()
     rows = batches(shape)
-    positions = torch.arange(shape.length).expand(shape.batch, -1)
+    positions = torch.arange(shape.length, device=platform.device()).expand(shape.batch, -1)
 
     def forward(iterator: Iterator[torch.Tensor], module: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = next(iterator)
@@ -260,6 +296,7 @@ def _core_model(shape: Shape) -> Any:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=True,
+        **low_precision(shape),
     )
     return GPTModel(
         config,
@@ -267,7 +304,7 @@ def _core_model(shape: Shape) -> Any:
         vocab_size=shape.vocabulary,
         max_sequence_length=shape.length,
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=shape.tied,
     )
 
 
@@ -328,11 +365,24 @@ def measure(names: list[str], shape: Shape, rounds: int, steps: int, ranks: int)
     return turns
 
 
-def table(results: dict[str, list[Turn]], tokens: int) -> str:
+def utilisation(shape: Shape, tokens_per_second: float, ranks: int) -> str:
+    """Model FLOPs utilisation, where the device's peak is known."""
+    from megatron.bridge.platform import device_name
+    from megatron.bridge.training.flops import step_flops
+    from megatron.bridge.training.peaks import peak_tflops
+
+    peak = peak_tflops(device_name(), shape.dtype)
+    if peak is None:
+        return "-"
+    flops_per_token = (step_flops(_provider(shape), 1) or 0.0) / shape.length
+    return f"{flops_per_token * tokens_per_second / ranks / (peak * 1e12):.1%}"
+
+
+def table(results: dict[str, list[Turn]], tokens: int, mfu: Callable[[float], str]) -> str:
     """Medians over the turns of `tokens` tokens each, and of what each took to what the first loop took by then."""
     first, ours = next(iter(results.items()))
     headline = f"{f'time of {first}':>18}"
-    lines = [f"{'loop':16}{'tokens/s':>10}{headline}{'tokens/CPU s':>15}{headline}{'last loss':>11}"]
+    lines = [f"{'loop':16}{'tokens/s':>10}{headline}{'tokens/CPU s':>15}{headline}{'MFU':>8}{'last loss':>11}"]
     for name, turns in results.items():
         cells = ""
         for kind, width in (("seconds", 10), ("cpu_seconds", 15)):
@@ -340,7 +390,8 @@ def table(results: dict[str, list[Turn]], tokens: int) -> str:
             pairs = zip(ours, turns, strict=True)
             ratio = statistics.median(getattr(mine, kind) / getattr(other, kind) for mine, other in pairs)
             cells += f"{speed:{width}.0f}{f'{ratio:.3f} x':>18}"
-        lines.append(f"{name:16}{cells}{turns[-1].loss:11.3f}")
+        speed = statistics.median(tokens / turn.seconds for turn in turns)
+        lines.append(f"{name:16}{cells}{mfu(speed):>8}{turns[-1].loss:11.3f}")
     return "\n".join(lines)
 
 
@@ -349,18 +400,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loop (default: 7)")
     parser.add_argument("--steps", type=int, default=2, help="training steps in a turn (default: 2)")
-    parser.add_argument("--batch", type=int, default=4, help="rows in a step of a rank (default: 4)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default: 512)")
-    parser.add_argument("--layers", type=int, default=8, help="layers of the model (default: 8)")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="the model's (default: small)")
+    for size in ("batch", "length", "layers"):
+        parser.add_argument(f"--{size}", type=int, help=f"another {size} than the shape's")
+    parser.add_argument("--bf16", action="store_true", help="in bf16, not in fp32")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks of each loop (default: 1)")
     parser.add_argument("--only", nargs="+", choices=LOOPS, help="loops to run; the first is compared with the others")
     arguments = parser.parse_args()
-    shape = Shape(batch=arguments.batch, length=arguments.length, layers=arguments.layers)
+    given = {size: value for size in ("batch", "length", "layers") if (value := getattr(arguments, size)) is not None}
+    dtype = "bfloat16" if arguments.bf16 else "float32"
+    shape = dataclasses.replace(SHAPES[arguments.shape], dtype=dtype, **given)
     names = arguments.only or list(LOOPS if arguments.ranks == 1 else ON_SEVERAL_RANKS)
     results = measure(names, shape, arguments.rounds, arguments.steps, arguments.ranks)
-    print(f"{shape}, fp32, ranks: {arguments.ranks}, torch {torch.__version__}")
+    print(f"{shape}, ranks: {arguments.ranks}, torch {torch.__version__}")
     print(f"medians of {arguments.rounds} rounds of {arguments.steps} steps, taken in turn\n")
-    print(table(results, arguments.steps * shape.tokens * arguments.ranks))
+    mfu = partial(utilisation, shape, ranks=arguments.ranks)
+    print(table(results, arguments.steps * shape.tokens * arguments.ranks, mfu))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from forked import Outcome
+from reader import build_and_unpack
 from readme_blocks import README, blocks
 
 from megatron.bridge import AutoBridge
@@ -36,19 +35,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The plugin's wheel, unpacked into a folder on `sys.path`."""
-    uv = shutil.which("uv")
-    assert uv, "uv is what runs this repository"
-    wheels, site = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
-    # uv builds its own backend's packages itself: nothing is downloaded.
-    built = subprocess.run(
-        [uv, "build", "--offline", "--wheel", "-o", str(wheels), str(source)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-        wheel.extractall(site)
+    site = tmp_path_factory.mktemp("site")
+    build_and_unpack(source, tmp_path_factory.mktemp("wheels"), site)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))
         refresh()

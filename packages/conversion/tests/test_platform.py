@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from platform import libc_ver
 
 import pytest
 import torch
@@ -278,3 +279,31 @@ def test_ranks_meet_elsewhere_when_their_port_was_taken(monkeypatch):
         monkeypatch.setattr(launch, "_free_port", lambda: ports.pop() if ports else free())
         assert run_ranks(2, torch.distributed.get_rank, timeout=60) == [0, 1]
     assert ports == []
+
+
+_FAULTS = """
+import ctypes, resource
+from megatron.bridge.platform.allocation import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(2**26)))
+    ctypes.memset(block, 1, 2**26)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = [faults(), faults()]
+assert keep_freed_memory()
+faults()
+print(min(given_back), faults())
+"""
+
+
+@pytest.mark.skipif(libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_freed_memory_is_kept_for_the_next_step():
+    output = subprocess.run([sys.executable, "-c", _FAULTS], check=True, capture_output=True, text=True).stdout
+    given_back, kept = map(int, output.split())
+    assert given_back > 16 > kept  # 64 MB: 16,384 pages, fewer where they are huge

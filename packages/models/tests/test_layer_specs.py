@@ -31,6 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "window in every second layer": {"window_size": (5, 0), "window_attn_skip_freq": 2},
     "qk norm": {"qk_layernorm": True},
     "LayerNorm and biases": {"normalization": "LayerNorm", "add_bias_linear": True, "gated_linear_unit": False},
+    "gated gelu": {"activation_func": torch.nn.functional.gelu},
+    "clamped gate": {"activation_func_clamp_value": 0.1, "glu_linear_offset": 1.0},
     "softmax scale": {"softmax_scale": 0.3},
     "interleaved rotation": {"rotary_interleaved": True},
     "no rotation in one layer": {"no_rope_freq": [0, 1]},

@@ -67,15 +67,22 @@ def test_causal(groups: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 31, 32, 150])
-def test_blocked_backward(length: int, groups: int) -> None:
+@pytest.mark.parametrize("length", [1, 63, 64, 150])
+def test_blocked_attention(length: int, groups: int) -> None:
     leaves = inputs(length, groups=groups)
     ours = blocked_causal_attention(*(leaf.permute(1, 2, 0, 3) for leaf in leaves), None).permute(2, 0, 1, 3)
     agree(ours.flatten(2), formula(*leaves, lower(length, length)), leaves)
 
 
-def test_long_sequences_go_through_the_blocked_backward() -> None:
-    leaves = inputs(200)
+def test_blocked_attention_to_values_of_another_size() -> None:
+    query, key, value = inputs(100, groups=2)
+    leaves = [query, key, value[..., :5].detach().requires_grad_()]
+    ours = blocked_causal_attention(*(leaf.permute(1, 2, 0, 3) for leaf in leaves), None).permute(2, 0, 1, 3)
+    agree(ours.flatten(2), formula(*leaves, lower(100, 100)), leaves)
+
+
+def test_long_sequences_go_through_blocks() -> None:
+    leaves = inputs(600)
     output = attention(softmax_scale=0.2)(*leaves, None)
     names, pending = set(), [output.grad_fn]
     while pending:
@@ -84,7 +91,7 @@ def test_long_sequences_go_through_the_blocked_backward() -> None:
             names.add(node.name())
             pending += [parent for parent, _ in node.next_functions]
     assert "_BlockedCausalAttentionBackward" in names
-    agree(output, formula(*leaves, lower(200, 200), scale=0.2), leaves)
+    agree(output, formula(*leaves, lower(600, 600), scale=0.2), leaves)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 12])

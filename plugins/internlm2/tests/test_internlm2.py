@@ -1,14 +1,17 @@
 """The plugin's own tests, with nothing but public names of Megatron Bridge."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from internlm2_bridge.config import InternLM2Config
 
 from megatron.bridge.testing import check_family, save_random_model
 
+README = Path(__file__).parents[1] / "README.md"
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 64,
@@ -21,8 +24,12 @@ SIZES = {
 COMMAND_LINE = "import sys; from megatron.bridge.cli.root import run; sys.exit(run(sys.argv[1:]))"
 
 
-def test_internlm2():
-    check_family(InternLM2Config(**SIZES))
+def test_the_example_of_the_readme():
+    """At every layout."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(block, str(README), "exec"), names)
+    names["test_internlm2"]()
 
 
 def test_internlm2_with_biases_and_scaled_positions():

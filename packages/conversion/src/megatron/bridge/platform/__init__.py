@@ -4,6 +4,7 @@
 layer (`enable_cpu_layer`) lets the unmodified Megatron-Core wheel run on CPU and gloo; `launch` starts ranks here.
 """
 
+from megatron.bridge.platform.allocation import keep_freed_memory
 from megatron.bridge.platform.cpu_layer import cpu_layer_enabled, disable_cpu_layer, enable_cpu_layer
 from megatron.bridge.platform.device import (
     backend,
@@ -39,6 +40,7 @@ __all__ = [
     "enable_cpu_layer",
     "initialize_distributed",
     "is_rank_zero",
+    "keep_freed_memory",
     "local_rank",
     "peak_memory_bytes",
     "rank",

@@ -9,7 +9,7 @@ from megatron.bridge.data.loaders import build_data_iterator
 from megatron.bridge.data.streamed import LoaderPlace, StreamedBatches, StreamedDataset
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.engine import engine_of
-from megatron.bridge.training.validation import dataset_context, run_tokenizer
+from megatron.bridge.training.run_data import dataset_context, run_tokenizer
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer

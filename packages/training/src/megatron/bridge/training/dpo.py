@@ -187,7 +187,7 @@ def _reference_step(state: "RunState", data_iterator: Any, model: Any) -> Any:
 def _pairs(cfg: "ConfigContainer") -> "list[_FilledUp]":
     """The training and validation pairs, each once."""
     from megatron.bridge.data.provider import DatasetBuildContext
-    from megatron.bridge.training.validation import run_tokenizer
+    from megatron.bridge.training.run_data import run_tokenizer
 
     evaluated = None if cfg.train.eval_interval else 0
     context = DatasetBuildContext(train_samples=None, valid_samples=evaluated, tokenizer=run_tokenizer(cfg))

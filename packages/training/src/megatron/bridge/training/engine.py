@@ -36,7 +36,7 @@ class Engine:
 
     def layout_problems(self, cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
         """Why the layout does not fit the ranks; nothing where it does."""
-        from megatron.bridge.training.validation import model_parallel_size
+        from megatron.bridge.training.problems.layout import model_parallel_size
 
         model = cfg.model
         replica = model_parallel_size(model)
@@ -50,7 +50,7 @@ class Engine:
 
     def replicas(self, cfg: "ConfigContainer", world_size: int) -> int:
         """Data-parallel replicas that micro-batches are counted by, once `layout_problems` has found none."""
-        from megatron.bridge.training.validation import model_parallel_size
+        from megatron.bridge.training.problems.layout import model_parallel_size
 
         return world_size // model_parallel_size(cfg.model)
 

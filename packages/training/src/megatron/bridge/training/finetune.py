@@ -114,7 +114,8 @@ def plan_length(cfg: "ConfigContainer", epochs: float) -> None:
         BridgeError: the data are refused.
     """
     from megatron.bridge.data.provider import DatasetBuildContext
-    from megatron.bridge.training.validation import chunks_of_sequence, run_tokenizer
+    from megatron.bridge.training.problems.layout import chunks_of_sequence
+    from megatron.bridge.training.run_data import run_tokenizer
 
     if epochs <= 0:
         raise BridgeError(f"epochs={epochs:g} must be greater than 0")

@@ -67,7 +67,7 @@ def _written(cfg: "ConfigContainer", prompts: Sequence[str]) -> tuple[Any, list[
     from megatron.bridge.data.instruction.messages import USER, Message
     from megatron.bridge.data.instruction.rendering import Renderer
     from megatron.bridge.data.instruction.templates import prompt_template
-    from megatron.bridge.training.validation import run_tokenizer
+    from megatron.bridge.training.run_data import run_tokenizer
 
     tokenizer = getattr(run_tokenizer(cfg), "hf_tokenizer", None)
     if tokenizer is None:

@@ -56,6 +56,8 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     from megatron.bridge import platform
 
     cfg.validate(platform.world_size())
+    if not platform.cuda_available():
+        platform.keep_freed_memory()
     seed_everything(cfg.rng.seed)
     if cfg.rng.te_rng_tracker:
         cfg.model.use_te_rng_tracker = True

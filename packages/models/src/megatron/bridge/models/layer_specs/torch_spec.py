@@ -1,6 +1,7 @@
 """The layer spec `torch`: PyTorch's attention and norms in Megatron-Core's layers, on any device."""
 
 import dataclasses
+import functools
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -11,6 +12,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.biased_experts import with_fresh_outputs
 from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_experts, stock_block, with_layers
 from megatron.bridge.models.layer_specs.gated_attention import GatedSelfAttention
+from megatron.bridge.models.layer_specs.gated_mlp import GatedMLP
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
@@ -78,7 +80,9 @@ def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerCon
     if config.attention_output_gate:
         attention = dataclasses.replace(attention, module=GatedSelfAttention)
     mlp = layer.mlp
-    if config.add_bias_linear and is_mixture_of_experts(layer):
+    if not is_mixture_of_experts(layer):
+        mlp = functools.partial(GatedMLP.as_mlp_submodule, *mlp.args, **mlp.keywords)
+    elif config.add_bias_linear:
         mlp = with_fresh_outputs(mlp)
     return dataclasses.replace(
         layer, input_layernorm=torch_norm, pre_mlp_layernorm=torch_norm, self_attention=attention, mlp=mlp

@@ -11,7 +11,7 @@ from megatron.bridge.training.config import TrainingConfig
 from megatron.bridge.training.planner.hardware import Cluster
 from megatron.bridge.training.planner.layout import Layout
 from megatron.bridge.training.planner.shape import ModelShape
-from megatron.bridge.training.validation import parallel_problems
+from megatron.bridge.training.problems.layout import parallel_problems
 
 # The fewest tokens of a sequence that are worth a context-parallel rank of their own: ours.
 _FEWEST_TOKENS = 2048
