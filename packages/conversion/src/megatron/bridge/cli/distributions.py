@@ -22,7 +22,7 @@ OURS: Mapping[str, Distribution] = {
     "megatron-bridge-training": Distribution(
         "megatron.bridge.training", "the training loop", ("train", "config", "plan", "quickstart", "migrate")
     ),
-    "megatron-bridge-mimo": Distribution("megatron.bridge.mimo", "several models trained as one"),
+    "megatron-bridge-mimo": Distribution("megatron.bridge.mimo", "several models trained as one", ("mimo",)),
     "megatron-bridge-recipes": Distribution("megatron.bridge.recipes", "importable training recipes", ("recipes",)),
 }
 

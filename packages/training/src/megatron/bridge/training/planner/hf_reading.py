@@ -48,6 +48,11 @@ def _is_plain_decoder(family: type) -> bool:
     return maker.__module__.removeprefix("megatron.bridge.models.families.") in ("dense", "moe", "prediction")
 
 
+def with_defaults(values: Mapping[str, Any]) -> Any:
+    """`config.json`, or a part of it, as an object that has the defaults of its class too."""
+    return _Config(values)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The `config.json` of a local folder, or of a hub id.
 
@@ -130,7 +135,7 @@ def _class_defaults(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
     if spec is None or not spec.submodule_search_locations:
         raise BridgeError("transformers is not installed, and what config.json leaves out is written there")
     models = Path(spec.submodule_search_locations[0]) / "models"
-    for folder in (model_type, model_type.removesuffix("_text")):
+    for folder in (model_type, model_type.removesuffix("_text"), model_type.removesuffix("_vision_model")):
         source = models / folder / f"configuration_{folder}.py"
         if source.is_file():
             for node in ast.parse(source.read_text("utf-8")).body:
