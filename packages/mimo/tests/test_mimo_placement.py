@@ -254,5 +254,16 @@ def test_a_placement_of_a_thousand_ranks_is_refused_quickly() -> None:
 
 
 def test_placements_need_no_torch() -> None:
-    code = "import sys, megatron.bridge.mimo; assert not {'torch', 'megatron.core'} & sys.modules.keys()"
+    code = """
+import sys
+from megatron.bridge.mimo import MimoParallelismConfig, ModuleParallelismConfig, PlacementError
+modules = {"lm": ModuleParallelismConfig(tensor_parallel=3), "images": ModuleParallelismConfig()}
+wrong = MimoParallelismConfig(llm_module_name="lm", deployment_mode="colocated", module_parallelisms=modules)
+try:
+    wrong.finalize(4)
+except PlacementError as error:
+    placement, ranks = error.repair.apply(wrong, 4)
+placement.finalize(ranks)
+assert not {"torch", "megatron.core"} & sys.modules.keys()
+"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

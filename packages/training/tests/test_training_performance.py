@@ -123,6 +123,16 @@ def test_time_counts_for_the_innermost_phase() -> None:
     assert phases.taken() == (0.0, [0.0] * len(PHASES))
 
 
+def test_each_phase_is_told_with_its_times() -> None:
+    phases, told = Phases(), []
+    phases.told = lambda *span: told.append(span)
+    with phases.step(), phases("forward_backward"), phases("gradient_sync"):
+        time.sleep(0.02)
+    assert [name for name, _, _ in told] == ["gradient_sync", "forward_backward", "other"]
+    assert all(end - begin >= 0.02 for _, begin, end in told)
+    assert told[2][1] <= told[1][1] <= told[0][1] < told[0][2] <= told[1][2] <= told[2][2]
+
+
 def test_phases_are_means_over_the_steps_in_which_they_were_told_apart() -> None:
     phases = Phases()
     for told_apart, seconds in ((False, 0.06), (True, 0.02)):

@@ -50,7 +50,15 @@ def apply_yaml(cfg: Any, path: str | Path) -> None:
     Raises:
         ConfigError: the file cannot be read, or as for `apply_overrides`.
     """
-    content = read_sections(path)
+    apply_content(cfg, read_sections(path), f"the configuration file {str(path)!r} cannot be applied")
+
+
+def apply_content(cfg: Any, content: dict[str, Any], headline: str) -> None:
+    """Set fields of `cfg` from nested mappings, as a YAML file holds them.
+
+    Raises:
+        ConfigError: as for `apply_overrides`, under `headline`.
+    """
     problems: list[str] = []
     changes: list[_Change] = []
     with restored_on_error(cfg):
@@ -61,7 +69,7 @@ def apply_yaml(cfg: Any, path: str | Path) -> None:
                 _choose(cfg, key, str(value), problems)
             else:
                 _collect(cfg, key, checked, value, changes, problems)
-        _apply(changes, problems, f"the configuration file {str(path)!r} cannot be applied")
+        _apply(changes, problems, headline)
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:

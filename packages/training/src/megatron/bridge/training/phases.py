@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 # `other`: zeroing buffers, the loss over all ranks, callbacks.
@@ -30,6 +30,7 @@ class Phases:
     Attributes:
         told_apart: whether this step's phases are measured, or only the whole of it.
         marked: the phases show up in profiles.
+        told: called with each phase as it ends, and the times (`time.perf_counter`) of its begin and end.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class Phases:
         self._since = 0.0
         self.told_apart = True
         self.marked = False
+        self.told: Callable[[str, float, float], None] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -48,12 +50,15 @@ class Phases:
         """Count the time of the block for `phase`."""
         self._charge()
         self._open.append(phase)
+        begin = self._since
         try:
             with _mark(phase) if self.marked else contextlib.nullcontext():
                 yield
         finally:
             self._charge()
             self._open.pop()
+            if self.told is not None:
+                self.told(phase, begin, self._since)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

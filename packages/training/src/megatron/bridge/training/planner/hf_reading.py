@@ -48,6 +48,11 @@ def _is_plain_decoder(family: type) -> bool:
     return maker.__module__.removeprefix("megatron.bridge.models.families.") in ("dense", "moe", "prediction")
 
 
+def with_defaults(values: Mapping[str, Any]) -> Any:
+    """`config.json`, or a part of it, as an object that has the defaults of its class too."""
+    return _Config(values)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The `config.json` of a local folder, or of a hub id.
 
@@ -130,7 +135,7 @@ def _class_defaults(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
     if spec is None or not spec.submodule_search_locations:
         raise BridgeError("transformers is not installed, and what config.json leaves out is written there")
     models = Path(spec.submodule_search_locations[0]) / "models"
-    words = model_type.split("_")  # the class of `emu3_text_model` stands beside that of `emu3`
+    words = model_type.split("_")  # of `emu3_text_model` the class stands beside that of `emu3`
     for folder in ("_".join(words[:count]) for count in range(len(words), 0, -1)):
         source = models / folder / f"configuration_{folder}.py"
         if source.is_file():
