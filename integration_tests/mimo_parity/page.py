@@ -25,7 +25,7 @@ rate and weight decay for the tower and for the projector, AdamW's parameter gro
 experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers' LLaVA lacks.
 
 In `bf16` both sides compute in bfloat16 and keep master weights in float32. They differ by rounding: {BF16.logits:.0e}
-is allowed for logits, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for gradients and
+is allowed for logits and gradients, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for
 weights.
 """
 
