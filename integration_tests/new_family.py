@@ -23,7 +23,7 @@ class ${Class}Bridge(DenseBridge):
     """`$architecture`: Llama's layout."""
 ''')
 _TEST = Template('''\
-"""`$architecture` against transformers: logits and weights at several layouts, names, shapes, each rule left out."""
+"""`$architecture` against transformers, by the family test kit."""
 
 import pytest
 from transformers import $config_class
@@ -84,10 +84,10 @@ def write(architecture: str, models: Path = MODELS) -> tuple[Path, Path, Path]:
     family = models / f"src/megatron/bridge/models/families/{module}.py"
     test = models / f"tests/test_{module}_families.py"
     project = models / "pyproject.toml"
+    points = _with_entry_point(project.read_text("utf-8"), architecture, f"{module}:{fields['Class']}Bridge")
     for file in (family, test):
         if file.exists():
             raise BridgeError(f"{file} exists; add a class for {architecture} to what is there")
-    points = _with_entry_point(project.read_text("utf-8"), architecture, f"{module}:{fields['Class']}Bridge")
     project.write_text(points, "utf-8")
     family.write_text(_FAMILY.substitute(fields), "utf-8")
     test.write_text(_TEST.substitute(fields), "utf-8")

@@ -79,14 +79,18 @@ def test_they_are_found_under_their_names(installed: Path, tmp_path: Path, cli: 
         assert f"{name} 0.1.0" in listed, kind
 
 
-def test_they_are_in_the_order_of_this_repository(written: dict[str, Path]) -> None:
-    into = written["family"].parent
+@pytest.mark.parametrize("name", ["a1", "acme-norms", "zy-" + "x" * 21, "ab-cd-ef-gh-ij-kl-mn-op"])
+def test_they_are_in_the_order_of_this_repository(name: str, tmp_path: Path) -> None:
+    for kind in OURS:
+        write_plugin(TEMPLATES[kind], names_of(name), tmp_path / kind)
     ruff = [sys.executable, "-m", "ruff"]
     config = ["--no-cache", f"--config={REPOSITORY / 'pyproject.toml'}"]
     # What tests need not, which the configuration says of folders in this repository.
-    tests = "--extend-per-file-ignores=**/tests/**:D,ANN,PLR,RUF043"
+    tests = "--extend-per-file-ignores=" + ",".join(f"**/tests/**:{rule}" for rule in ("D", "ANN", "PLR", "RUF043"))
     for command in (["format", "--check"], ["check", tests]):
-        ended = subprocess.run([*ruff, *command, *config, "."], cwd=into, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            [*ruff, *command, *config, "."], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert ended.returncode == 0, ended.stdout
 
 
