@@ -8,7 +8,7 @@ from reader import NOT_RUN, unexplained
 from readme_blocks import Block, blocks
 from small_models import REPOSITORY
 
-# Pages, who runs their blocks, and in which languages. Of a file that a block names others make use.
+# Pages, who runs their blocks, and in which languages. A file that is no Python is used by another block.
 BY_READERS = {"python", "sh", "console"}
 RUNNERS: dict[str, tuple[str, set[str]]] = {
     "README.md": ("integration_tests/test_readme.py", BY_READERS),
