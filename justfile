@@ -13,7 +13,7 @@ lint:
     ruff check .
 
 types:
-    mypy packages recipes plugins
+    MYPYPATH="$(printf '%s:' plugins/*/src)" mypy packages recipes plugins
 
 layers:
     lint-imports
@@ -49,3 +49,23 @@ docs:
 # Show it on this machine, built anew at every change.
 docs-serve *args:
     NO_MKDOCS_2_WARNING=1 mkdocs serve {{args}}
+
+# Write down the public names and signatures (docs/api), which a test holds to the sources.
+api:
+    PYTHONPATH=integration_tests python -m public_api
+
+# Test the plugin for NeMo-Run, which wants an environment of its own.
+nemo-run:
+    uv venv --quiet --clear .venv-nemo-run
+    uv pip install --quiet --python .venv-nemo-run/bin/python -e packages/conversion -e packages/models -e packages/peft \
+        -e packages/data -e packages/training -e plugins/nemo_run pytest pytest-timeout hypothesis 'torch<2.14'
+    .venv-nemo-run/bin/python -m pytest plugins/nemo_run -q
+
+# Begin a package in plugins/ and make it a member of the workspace: `just new-plugin acme-norms --kind peft`.
+new-plugin name *args:
+    megatron-bridge new plugin {{name}} --into plugins {{args}}
+    uv add --group plugins ./plugins/{{name}}
+
+# Begin a family in packages/models for a model that transformers has: `just new-family Olmo2ForCausalLM`.
+new-family architecture:
+    PYTHONPATH=integration_tests python -m new_family {{architecture}}

@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<note>.*?) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-_FILE = re.compile(r"# ([\w./-]+\.(?:py|toml|yaml))\n")
+_FILE = re.compile(r"# ([\w./-]+\.(?:py|toml|yaml|sh))\n")
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,21 @@ def _said(quote: str, text: str) -> bool:
     return re.search(pattern, text, re.DOTALL) is not None
 
 
+def _readings(quote: str) -> list[str]:
+    """`quote`, and the same with one or two of its words filled in, as the name of a kind is."""
+    words = quote.split(" ")
+    spans = [(start, start + length) for length in (1, 2) for start in range(1, len(words) - length)]
+    return [quote, *(" ".join([*words[:start], "...", *words[end:]]) for start, end in spans)]
+
+
 @pytest.mark.parametrize("quote", QUOTES)
 def test_the_sources_say_it(quote: str) -> None:
     words = re.findall(r"[a-z]+", quote.replace("...", " "))
     assert len(words) >= 2, f"{quote!r} would be found anywhere"
-    assert any(_said(quote, text) for text in _texts()), quote
+    assert any(_said(reading, text) for reading in _readings(quote) for text in _texts()), quote
 
 
 def test_what_nobody_says_is_noticed() -> None:
     assert len(QUOTES) >= 50
-    assert not any(_said("no model bridge was called ...", text) for text in _texts())
+    for reading in _readings("no model bridge was called ..."):
+        assert not any(_said(reading, text) for text in _texts()), reading

@@ -8,7 +8,7 @@ from reader import NOT_RUN, unexplained
 from readme_blocks import Block, blocks
 from small_models import REPOSITORY
 
-# Pages, who runs their blocks, and in which languages. Of a YAML or TOML file that a block names, others make use.
+# Pages, who runs their blocks, and in which languages. A file that is no Python is used by another block.
 BY_READERS = {"python", "sh", "console"}
 RUNNERS: dict[str, tuple[str, set[str]]] = {
     "README.md": ("integration_tests/test_readme.py", BY_READERS),
@@ -47,7 +47,7 @@ def escapes(block: Block, document: list[Block], languages: set[str]) -> bool:
     if block.file and "/" in block.file:  # of a package that the document installs
         package = block.file.split("/")[0]
         return not any(re.search(rf"uv pip install \./{package}$", each.body, re.MULTILINE) for each in document)
-    if block.language in ("yaml", "toml") and block.file:
+    if block.language in ("yaml", "toml", "bash") and block.file:
         return not any(block.file in each.body for each in document if each is not block)
     return block.language not in languages
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,9 @@ class Waves(Encoder):
 class _Mixed(Dataset[Any]):
     collate = staticmethod(collate)
 
+    def __init__(self, published: bool) -> None:
+        self.published = published
+
     def __len__(self) -> int:
         return 64
 
@@ -45,10 +49,12 @@ class _Mixed(Dataset[Any]):
         inputs: dict[str, Any] = {}
         if index % 3:
             tokens[1:5] = SOUND
-            inputs["sounds"] = {"samples": torch.randn(1, 32, generator=draw)}
+            sound = torch.randn(1, 4, 16, generator=draw)
+            inputs["sounds"] = {"input_features": sound} if self.published else {"samples": sound.flatten(1)[:, :32]}
         if index % 4 != 1:
             tokens[7:11] = IMAGE
-            inputs["images"] = {"pixel_values": torch.randn(1, 3, 8, 8, generator=draw)}
+            side = 16 if self.published else 8
+            inputs["images"] = {"pixel_values": torch.randn(1, 3, side, side, generator=draw)}
         labels = tokens[1:]
         return {
             "tokens": tokens[:-1],
@@ -63,13 +69,32 @@ class _Mixed(Dataset[Any]):
 class MixedData(DatasetProvider):
     """Samples with a picture, a sound, both or none."""
 
+    published: bool = False
+
     def build_train_valid_test_datasets(self, context: DatasetBuildContext) -> Any:
-        return _Mixed(), None, None
+        return _Mixed(self.published), None, None
 
 
-def config(layouts: dict[str, dict[str, int]], **checkpoint: Any) -> Any:
-    """A run of a tower, `Waves` and a Llama; sequence parallelism wherever the language model is divided."""
-    from megatron.bridge.mimo.towers import SiglipTower
+def encoders(published: bool) -> dict[str, Encoder]:
+    """A tower and `Waves`; or, as `published`, a tower with a pixel shuffle and Whisper's with a resampler."""
+    from megatron.bridge.mimo.projectors import PixelShuffle, Resampler
+    from megatron.bridge.mimo.towers import SiglipTower, WhisperTower
+
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    if not published:
+        return {"images": SiglipTower(token_id=IMAGE, hf_config=sizes), "sounds": Waves(token_id=SOUND)}
+    whisper = {"num_mel_bins": 4, "max_source_positions": 8, "d_model": 16, "encoder_layers": 1}
+    whisper |= {"encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    few = Resampler(latents=4, depth=1, heads=2, head_dim=8, query_groups=1, intermediate_size=32)
+    return {
+        "images": SiglipTower(token_id=IMAGE, hf_config=sizes | {"image_size": 16}, projector=PixelShuffle(norm=True)),
+        "sounds": WhisperTower(token_id=SOUND, hf_config=whisper, projector=few),
+    }
+
+
+def config(layouts: dict[str, dict[str, int]], published: bool = False, **checkpoint: Any) -> Any:
+    """A run of two encoders and a Llama; sequence parallelism wherever the language model is divided."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.training.config import (
         CheckpointConfig,
@@ -81,8 +106,6 @@ def config(layouts: dict[str, dict[str, int]], **checkpoint: Any) -> Any:
         TrainingConfig,
     )
 
-    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 32}
-    tower = SiglipTower(token_id=IMAGE, hf_config={**sizes, "num_hidden_layers": 1, "num_attention_heads": 2})
     language = GPTModelProvider(
         num_layers=2,
         hidden_size=32,
@@ -99,10 +122,9 @@ def config(layouts: dict[str, dict[str, int]], **checkpoint: Any) -> Any:
     language.sequence_parallel = modules["text"].tensor_parallel > 1
     replicas = modules["text"].data_parallel
     placement = MimoParallelismConfig(llm_module_name="text", module_parallelisms=modules)
-    encoders = {"images": tower, "sounds": Waves(token_id=SOUND)}
     return ConfigContainer(
-        model=MimoProvider(language=language, encoders=encoders, placement=placement),
-        dataset=MixedData(),
+        model=MimoProvider(language=language, encoders=encoders(published), placement=placement),
+        dataset=MixedData(published=published),
         train=TrainingConfig(train_iters=STEPS, global_batch_size=8, micro_batch_size=4 // replicas),
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-5),
         scheduler=SchedulerConfig(lr_warmup_iters=1),
@@ -112,14 +134,16 @@ def config(layouts: dict[str, dict[str, int]], **checkpoint: Any) -> Any:
     )
 
 
-def losses(layouts: dict[str, dict[str, int]], start: Path, *, make: bool = False) -> dict[int, float]:
+def losses(
+    layouts: dict[str, dict[str, int]], start: Path, *, published: bool = False, make: bool = False
+) -> dict[int, float]:
     """Losses of a run that starts from the weights in `start`, which `make` writes first."""
     from megatron.bridge.mimo.mimo_step import forward_step
     from megatron.bridge.training.checkpoint import save_checkpoint
     from megatron.bridge.training.setup import distributed, setup
     from megatron.bridge.training.train import train
 
-    cfg = config(layouts, **({} if make else {"pretrained_checkpoint": str(start)}))
+    cfg = config(layouts, published, **({} if make else {"pretrained_checkpoint": str(start)}))
     with distributed(cfg):
         run = setup(cfg)
         if make:
@@ -141,14 +165,15 @@ PLACEMENTS: dict[int, list[dict[str, dict[str, int]]]] = {
 
 
 @pytest.mark.timeout(600)
-def test_two_encoders_train_alike_wherever_they_stand(tmp_path: Path) -> None:
-    expected = run_ranks(1, lambda: losses(ALONE, tmp_path / "start", make=True), timeout=200)[0]
+@pytest.mark.parametrize("published", [False, True], ids=["own", "published"])
+def test_two_encoders_train_alike_wherever_they_stand(published: bool, tmp_path: Path) -> None:
+    expected = run_ranks(1, lambda: losses(ALONE, tmp_path / "start", published=published, make=True), timeout=200)[0]
     assert len(expected) == STEPS
     assert expected[1] != expected[STEPS]
     for ranks, placements in PLACEMENTS.items():
 
         def work(placements: list[dict[str, dict[str, int]]] = placements) -> list[dict[int, float]]:
-            return [losses(each, tmp_path / "start") for each in placements]
+            return [losses(each, tmp_path / "start", published=published) for each in placements]
 
         for found in run_ranks(ranks, work, timeout=300):
             assert found == [pytest.approx(expected, abs=1e-5)] * len(placements)
@@ -186,3 +211,69 @@ def test_an_encoder_that_is_wider_than_it_says_is_refused() -> None:
         return "refused"
 
     assert run_ranks(1, work, timeout=120) == ["refused"]
+
+
+def test_a_checkpoint_of_other_modules_is_refused_by_their_names_before_anything_is_loaded(tmp_path: Path) -> None:
+    def work() -> list[str]:
+        from megatron.bridge.training.checkpoint import load_weights
+
+        losses(ALONE, tmp_path / "start", make=True)
+        told = []
+        for renamed, dropped in (("video", None), (None, "sounds")):
+            provider = config(ALONE).model
+            for kept in (provider.encoders, provider.placement.module_parallelisms):
+                if renamed is not None:
+                    kept[renamed] = kept.pop("sounds")
+                if dropped is not None:
+                    kept.pop(dropped)
+            (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+            before = {name: each.clone() for name, each in model.saved_parameters()}
+            with pytest.raises(BridgeError) as refused:
+                load_weights([model], None, str(tmp_path / "start"))
+            assert all(each.equal(before[name]) for name, each in model.saved_parameters())
+            provider.engine.stop()
+            told.append(str(refused.value))
+        return told
+
+    other, fewer = run_ranks(1, work, timeout=200)[0]
+    assert "the model has what the checkpoint lacks: modality_submodules.video." in other
+    assert "the checkpoint has what the model lacks: modality_submodules.sounds." in other
+    assert "the checkpoint has what the model lacks: modality_submodules.sounds." in fewer
+    assert "the model has what" not in fewer
+
+
+def test_whispers_tower_hears_what_transformers_hears() -> None:
+    from transformers import WhisperConfig, WhisperModel
+
+    tower = encoders(published=True)["sounds"]
+    sizes: dict[str, Any] = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    ids = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    whole = WhisperModel(WhisperConfig(**tower.hf_config, **sizes, **ids)).eval()
+    module = tower.build(SimpleNamespace(params_dtype=torch.float32), initialized=True).eval()
+    module.load_state_dict(whole.encoder.state_dict())
+    sounds = torch.randn(3, 4, 16)
+    expected = whole.encoder(sounds).last_hidden_state
+    assert torch.stack(list(tower.encode(module, {"input_features": sounds}))).equal(expected)
+    assert expected.shape == (3, tower.features_per_item, tower.width)
+    assert len(tower.encode(module, tower.ghost())) == 1
+
+
+def test_context_parallelism_and_packed_documents_are_refused_before_any_process_group_exists() -> None:
+    cfg = config({name: {"context_parallel": 2} for name in ALONE})
+    cfg.dataset.packing = True
+    with pytest.raises(BridgeError, match="'text': context_parallel=2: features are put among the embeddings of whole"):
+        cfg.validate(2)
+    cfg = config(ALONE)
+    cfg.dataset.packing = True
+    with pytest.raises(BridgeError, match="dataset.packing=true: documents of one row would see each other's images"):
+        cfg.validate(1)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_projector_that_does_not_fit_its_tower_is_refused_before_anything_is_built() -> None:
+    from megatron.bridge.mimo.projectors import PixelShuffle
+
+    provider = config(ALONE).model
+    provider.encoders["images"].projector = PixelShuffle(factor=3)
+    with pytest.raises(BridgeError, match="'images': its items have 4 features, which are no square with sides that"):
+        provider.finalize(1)

@@ -4,6 +4,7 @@ Every page keeps its path in the repository as its name in the site, so that a r
 the code host and here.
 """
 
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -23,6 +24,10 @@ OUTSIDE = ("*.md", "LICENSE", "packages/*/README.md", "recipes/README.md", "plug
 INSIDE = ("docs/**/*.md", "docs/*.svg", "docs/site/*.css")
 # What a path begins with, and what its address begins with: each page has one of its own.
 ADDRESSES = {"docs/": "", "README.md": "tour/", "plugins/": "packages/plugins/", "recipes/": "packages/recipes/"}
+
+_COMPILED = shutil.ignore_patterns("__pycache__")
+# Several names with one description, which griffe takes for a name and its type.
+_NAMES = re.compile(r"^( +\w+)((?:, \w+)+): ", re.MULTILINE)
 
 _sources = tempfile.TemporaryDirectory(prefix="megatron-bridge-sources-")
 
@@ -85,5 +90,11 @@ def found(*patterns: str) -> list[str]:
 def collect_sources(target: Path) -> None:
     """Lay the packages into one tree, as their wheels do; Megatron-Core, which shares the name, stays outside."""
     for source in (*ROOT.glob("packages/*/src/megatron"), ROOT / "recipes/src/megatron"):
-        shutil.copytree(source, target / "megatron", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source, target / "megatron", dirs_exist_ok=True, ignore=_COMPILED, copy_function=copy_source)
     (target / "megatron" / "__init__.py").touch()
+
+
+def copy_source(source: str, target: str) -> None:
+    """Copy a file; names that a docstring describes together (`lr, min_lr: ...`) are joined for griffe."""
+    text = Path(source).read_text("utf-8")
+    Path(target).write_text(_NAMES.sub(lambda match: match[1] + match[2].replace(", ", ",") + ": ", text), "utf-8")

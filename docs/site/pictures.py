@@ -62,26 +62,26 @@ def data_way() -> str:
     parts = [
         *titled(30, 40, 190, 78, SAND, "Hugging Face folder", "config.json, safetensors"),
         *titled(30, 152, 190, 78, SAND, "a family's table", "rules: transform, shard"),
-        *titled(300, 80, 180, 110, GREEN, "plan", "each weight of both", "sides has a partner,", "or nothing is done"),
+        *titled(290, 80, 170, 110, GREEN, "plan", "each weight of both", "sides has a partner,", "or nothing is done"),
         box(580, 40, 270, 168, SKY),
         text(715, 68, "a model over ranks, trained", 15.5, INK, 600),
         *ranks,
         *titled(40, 310, 230, 80, STONE, "Megatron checkpoint", "holds no layout;", "digests of every file"),
         *titled(340, 310, 210, 80, SAND, "Hugging Face folder", "complete and verified,", "or absent"),
         *titled(625, 310, 190, 80, STONE, "inference engine", "buckets by name,", "bounded memory"),
-        arrow((220, 84), (298, 116)),
-        arrow((220, 186), (298, 156)),
-        arrow((480, 134), (578, 134)),
-        text(529, 118, "each rank reads"),
-        text(529, 156, "the bytes it owns"),
+        arrow((220, 84), (288, 116)),
+        arrow((220, 186), (288, 156)),
+        arrow((460, 134), (578, 134)),
+        text(519, 124, "each rank reads"),
+        text(519, 152, "the bytes it owns", 12),
         arrow((715, 208), (715, 308)),
         text(752, 262, "stream"),
         arrow((640, 208), (480, 308)),
         text(606, 262, "export"),
         arrow((580, 196), (272, 326), both=True),
-        text(426, 232, "save; resume at any layout"),
+        text(392, 228, "save; resume at any layout"),
         arrow((330, 190), (170, 308), dashed=True),
-        text(200, 266, "offline: without a model"),
+        text(116, 266, "offline: without a model"),
         arrow((270, 362), (338, 362)),
         text(304, 382, "export"),
     ]
@@ -107,7 +107,7 @@ def layouts() -> str:
         for row, fill in enumerate((FIRST, SECOND))
         for part in (box(400 + 52 * row, 66, 44, 66, fill), box(400 + 52 * row, 150, 44, 20, fill))
     ]
-    data += [text(448, 104, "model   model"), text(448, 165, "rows     rows", 11)]
+    data += [text(422 + 52 * at, y, word, 11) for at in (0, 1) for y, word in ((103, "model"), (164, "rows"))]
     context = [box(566 + 28 * at, 106, 28, 30, FIRST if at in (0, 3) else SECOND) for at in range(4)]
     context += [text(622, 96, "a sequence, in four")]
     experts = [box(724 + 34 * at, 116, 28, 50, FIRST if at < 2 else SECOND) for at in range(4)]

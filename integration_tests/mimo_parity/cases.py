@@ -5,6 +5,22 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """Largest difference from the reference: absolute for logits and losses, relative for the rest."""
+
+    logits: float
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+
+
+FP32 = Tolerance(logits=1e-4, loss=1e-5, norm=1e-5, gradient=1e-4, weight=1e-4)
+# 8 bits of mantissa; where a gradient is hardly more than its rounding, Adam's step may point anywhere.
+BF16 = Tolerance(logits=1e-1, loss=2e-3, norm=5e-3, gradient=1e-1, weight=2e-2)
+
+
+@dataclass(frozen=True)
 class Case:
     """One placement and what else is set.
 
@@ -13,7 +29,10 @@ class Case:
         mode: the deployment mode.
         encoder, language: (tensor, pipeline, data) sizes.
         uneven: samples with 0 to 2 images.
-        settings: `sequence_parallel`, `distributed`, `overlap`, `frozen`.
+        settings: `sequence_parallel`, `distributed`, `overlap`; `frozen` (the tower), `frozen_language`; `rates`, for
+            settings of the optimizer by module; `lora`, for adapters on the language model.
+        subject: the model, of `SUBJECTS`.
+        experts: ranks that experts are spread over.
     """
 
     name: str
@@ -22,6 +41,13 @@ class Case:
     language: tuple[int, int, int]
     uneven: bool = False
     settings: tuple[str, ...] = ()
+    subject: str = "plain"
+    experts: int = 1
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far it may be from its reference."""
+        return BF16 if self.subject == "bf16" else FP32
 
     @property
     def ranks(self) -> int:
@@ -36,6 +62,9 @@ class Case:
         names = ("tensor_parallel", "pipeline_parallel", "data_parallel")
         encoder = ModuleParallelismConfig(**dict(zip(names, self.encoder, strict=True)))
         language = ModuleParallelismConfig(**dict(zip(names, self.language, strict=True)))
+        language.expert_parallel = self.experts
+        if self.mode == "homogeneous":
+            encoder.expert_parallel = self.experts
         if self.mode == "heterogeneous":
             language.rank_offset = encoder.total_ranks
         return MimoParallelismConfig(
@@ -53,12 +82,20 @@ _SHARED = ("distributed", "overlap")
 QUICK = (
     Case("one rank", "homogeneous", _ONE, _ONE, uneven=True),
     Case("TP2", "homogeneous", _TP2, _TP2),
-    Case("PP2, tied embeddings", "homogeneous", _PP2, _PP2, True, ("tied",)),
+    Case("PP2, tied embeddings", "homogeneous", _PP2, _PP2, True, subject="tied"),
+    Case("EP2, mixture of experts", "homogeneous", _DP2, _DP2, True, subject="experts", experts=2),
     Case("encoder DP2, language TP2 SP", "colocated", _DP2, _TP2, True, ("sequence_parallel",)),
     Case("encoder TP2, language DP2", "colocated", _TP2, _DP2, True),
-    Case("encoder DP2, language TP2, distributed", "colocated", _DP2, _TP2, True, ("frozen", *_SHARED)),
+    Case("encoder DP2, language TP2, frozen tower, distributed", "colocated", _DP2, _TP2, True, ("frozen", *_SHARED)),
+    Case("encoder DP2, language TP2, bf16", "colocated", _DP2, _TP2, True, subject="bf16"),
+    Case("encoder TP2, language DP2, Qwen2.5-VL", "colocated", _TP2, _DP2, True, subject="Qwen2.5-VL"),
+    Case(
+        "encoder DP2, language TP2, settings by module, distributed", "colocated", _DP2, _TP2, True, ("rates", *_SHARED)
+    ),
     Case("1 + 1, frozen tower", "heterogeneous", _ONE, _ONE, True, ("frozen",)),
-    Case("1 + PP2, tied embeddings", "heterogeneous", _ONE, _PP2, True, ("tied",)),
+    Case("1 + PP2, tied embeddings", "heterogeneous", _ONE, _PP2, True, subject="tied"),
+    Case("1 + PP2, frozen language model", "heterogeneous", _ONE, _PP2, True, ("frozen_language",)),
+    Case("1 + PP2, Qwen2.5-VL", "heterogeneous", _ONE, _PP2, True, subject="Qwen2.5-VL"),
     Case("DP2 + 1", "heterogeneous", _DP2, _ONE, True),
     Case("1 + TP2 SP", "heterogeneous", _ONE, _TP2, True, ("sequence_parallel",)),
 )
@@ -68,7 +105,36 @@ WIDE = (
     Case("PP2", "homogeneous", _PP2, _PP2, True),
     Case("TP2 SP, distributed", "homogeneous", _TP2, _TP2, True, ("sequence_parallel", *_SHARED)),
     Case("TP2 PP2", "homogeneous", _TP2_PP2, _TP2_PP2, True),
+    Case("one rank, bf16", "homogeneous", _ONE, _ONE, True, subject="bf16"),
+    Case("one rank, mixture of experts", "homogeneous", _ONE, _ONE, True, subject="experts"),
+    Case("one rank, Qwen2.5-VL", "homogeneous", _ONE, _ONE, True, subject="Qwen2.5-VL"),
+    Case("PP2, Qwen2.5-VL", "homogeneous", _PP2, _PP2, True, subject="Qwen2.5-VL"),
+    Case("TP2 SP, settings by module", "homogeneous", _TP2, _TP2, True, ("rates", "sequence_parallel")),
+    Case("DP2, frozen language model, distributed", "homogeneous", _DP2, _DP2, True, ("frozen_language", *_SHARED)),
     Case("encoder DP2, language TP2", "colocated", _DP2, _TP2),
+    Case(
+        "encoder TP2, language DP2 EP2, mixture of experts", "colocated", _TP2, _DP2, True, subject="experts", experts=2
+    ),
+    Case(
+        "encoder DP4, language TP2 SP DP2 EP2, mixture of experts",
+        "colocated",
+        _DP4,
+        _TP2_DP2,
+        True,
+        ("sequence_parallel",),
+        subject="experts",
+        experts=2,
+    ),
+    Case(
+        "encoder DP2, language TP2 SP, Qwen2.5-VL",
+        "colocated",
+        _DP2,
+        _TP2,
+        True,
+        ("sequence_parallel",),
+        subject="Qwen2.5-VL",
+    ),
+    Case("encoder TP2, language DP2, frozen language model", "colocated", _TP2, _DP2, True, ("frozen_language",)),
     Case("encoder DP4, language TP2 DP2", "colocated", _DP4, _TP2_DP2, True),
     Case("encoder TP4, language TP2 DP2", "colocated", _TP4, _TP2_DP2, True),
     Case("encoder DP4, language TP2 DP2, distributed", "colocated", _DP4, _TP2_DP2, True, _SHARED),
@@ -79,4 +145,17 @@ WIDE = (
     Case("TP2 + PP2", "heterogeneous", _TP2, _PP2, True),
     Case("DP2 + TP2, distributed", "heterogeneous", _DP2, _TP2, True, _SHARED),
     Case("DP2 + DP2, frozen tower", "heterogeneous", _DP2, _DP2, True, ("frozen",)),
+    Case("1 + PP2, bf16", "heterogeneous", _ONE, _PP2, True, subject="bf16"),
+    Case(
+        "DP2 + TP2 SP, bf16, distributed",
+        "heterogeneous",
+        _DP2,
+        _TP2,
+        True,
+        ("sequence_parallel", *_SHARED),
+        subject="bf16",
+    ),
+    Case("1 + DP2 EP2, mixture of experts", "heterogeneous", _ONE, _DP2, True, subject="experts", experts=2),
+    Case("DP2 + 1, settings by module", "heterogeneous", _DP2, _ONE, True, ("rates",)),
+    Case("DP2 + TP2 SP, Qwen2.5-VL", "heterogeneous", _DP2, _TP2, True, ("sequence_parallel",), subject="Qwen2.5-VL"),
 )

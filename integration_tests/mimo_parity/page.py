@@ -2,24 +2,31 @@
 
 from collections.abc import Mapping
 
+from mimo_parity.cases import BF16, FP32
 from mimo_parity.measured import MICROBATCHES, SAMPLES, STEPS
 from mimo_parity.placed import Distance
 
 _HEAD = f"""\
 # MIMO parity
 
-Made by `just mimo-parity`; not written by hand. A tiny random LLaVA (CLIP tower, MLP, Llama) is loaded from its Hugging
-Face folder at every placement and trained in float32 for {STEPS} steps of {MICROBATCHES} micro-batches of {SAMPLES}
-samples, most of them with 0 to 2 images in a sample. The reference is transformers' own model in a plain loop with
-`torch.optim.AdamW`. Each figure is the largest difference from it on any rank: of the logits before the first step and
-the losses (absolute), of the gradient norms, the gradients of the first step and the weights after the last one (all
-relative), the last two compared by transformers' names after an export. An export right after the import gives every
-weight back bit for bit at every placement. Every run of the tests measures some of the lines; it allows 1e-5 for losses
-and norms, 1e-4 for the rest.
+Made by `just mimo-parity`; not written by hand. A tiny random LLaVA (CLIP tower, MLP, Llama), or another model where a
+line names one, is loaded from its Hugging Face folder at every placement and trained in float32 for {STEPS} steps of
+{MICROBATCHES} micro-batches of {SAMPLES} samples, most of them with 0 to 2 images in a sample. The reference is
+transformers' own model in a plain loop with `torch.optim.AdamW`. Each figure is the largest difference from it on any
+rank: of the logits before the first step and the losses (absolute), of the gradient norms, the gradients of the first
+step and the weights after the last one (all relative), the last two compared by transformers' names after an export. An
+export right after the import gives every weight back bit for bit at every placement. Every run of the tests measures
+some of the lines; it allows {FP32.loss:.0e} for losses and norms, {FP32.logits:.0e} for the rest.
 
 `TP2`, `PP2`, `DP2` are sizes of tensor, pipeline and data parallelism, `SP` is sequence parallelism. `1 + PP2` is an
 encoder on one rank and a language model on two others. `distributed` is the distributed optimizer with overlapped
-gradient reduction; its gradients are sharded and not compared one by one.
+gradient reduction; its gradients are sharded and not compared one by one. `settings by module` are another learning
+rate and weight decay for the tower and for the projector, AdamW's parameter groups in the reference. The `mixture of
+experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers' LLaVA lacks.
+
+In `bf16` both sides compute in bfloat16 and keep master weights in float32. They differ by rounding: {BF16.logits:.0e}
+is allowed for logits and gradients, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for
+weights.
 """
 
 

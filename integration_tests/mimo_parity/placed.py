@@ -1,6 +1,6 @@
 """The same training at a MIMO placement, and how far it is from the reference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mimo_parity.cases import Case
-from mimo_parity.reference import BETAS, CLIP, DECAY, EPS, LR, SEQUENCE, Outcome, batch
+from mimo_parity.reference import BETAS, CLIP, DECAY, EPS, LR, RATES, SEQUENCE, Outcome, batch
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,38 @@ def train_placed(
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron.bridge.mimo import MimoProvider
     from megatron.bridge.mimo.conversion import export_hf_weights
-    from megatron.bridge.mimo.optimizer import build_optimizer
     from megatron.bridge.mimo.predict import logits
     from megatron.bridge.mimo.slices import loading_place
     from megatron.bridge.mimo.step import forward_step
 
-    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
-    provider.language.sequence_parallel = "sequence_parallel" in case.settings
-    provider.encoders["images"].frozen = "frozen" in case.settings
-    sharded = "distributed" in case.settings
-    overlap = "overlap" in case.settings
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, overlap_grad_reduce=overlap)
+    provider = provider_of(case, folder)
+    encoder = provider.encoders["images"]
+    sharded, bf16 = "distributed" in case.settings, case.subject == "bf16"
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=sharded, overlap_grad_reduce="overlap" in case.settings, grad_reduce_in_fp32=bf16
+    )
     (model,) = provider.provide_distributed_model(ddp_config=ddp)
     runtime = provider.engine.runtime
     settings = OptimizerConfig(
-        **{"optimizer": "adam", "lr": LR, "weight_decay": DECAY, "clip_grad": CLIP, "adam_eps": EPS},
+        **{"optimizer": "adam", "lr": LR, "weight_decay": DECAY, "clip_grad": CLIP, "adam_eps": EPS, "min_lr": 0.0},
         **{"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "use_distributed_optimizer": sharded},
+        **{"bf16": bf16, "params_dtype": provider.params_dtype},
     )
-    optimizer = build_optimizer(model, settings)
+    optimizer = provider.engine.build_optimizer(settings, [model], None)
     model.config.grad_scale_func = optimizer.scale_loss
     for group in optimizer.param_groups:  # as Megatron-Core's schedule does
-        group["weight_decay"] = DECAY * group["wd_mult"]
+        group["lr"], group["weight_decay"] = group["max_lr"], group.get("start_wd", DECAY) * group["wd_mult"]
+
+    def part(number: int) -> dict[str, Any]:
+        whole = batch(case.subject, number, samples, uneven=case.uneven)
+        return part_of(whole, encoder, *loading_place(model.module_groups))
 
     def data(step: int) -> Iterator[Any]:
-        rank, size = loading_place(model.module_groups)
-        for number in range(microbatches):
-            yield part_of(batch(step * microbatches + number, samples, uneven=case.uneven), rank, size)
+        return (part(step * microbatches + number) for number in range(microbatches))
 
     changed = _changed(folder, dict(export_hf_weights(provider.bridge, model)))
-    rank, size = loading_place(model.module_groups)
-    first = part_of(batch(0, samples, uneven=case.uneven), rank, size)
+    first = part(0)
     apart = _logit_difference(reference.logits, logits(runtime, [first]), model)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
@@ -93,16 +93,30 @@ def train_placed(
     return distance
 
 
-def part_of(whole: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+def provider_of(case: Case, folder: Path) -> Any:
+    """What builds the case's model."""
+    from megatron.bridge.mimo import MimoProvider, ModuleOptimizerConfig
+
+    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
+    provider.language.sequence_parallel = "sequence_parallel" in case.settings
+    provider.encoders["images"].frozen = "frozen" in case.settings
+    provider.frozen_language = "frozen_language" in case.settings
+    if "rates" in case.settings:
+        (projector, tower) = (ModuleOptimizerConfig(lr=lr, weight_decay=decay) for lr, decay in RATES.values())
+        provider.optimizers = {"images": tower, "images.projector": projector}
+    return provider
+
+
+def part_of(whole: dict[str, Any], encoder: Any, rank: int, size: int) -> dict[str, Any]:
     """What a loader for part `rank` of `size` gives of a global micro-batch."""
     each = len(whole["tokens"]) // size
     own = slice(rank * each, (rank + 1) * each)
-    images = whole["modality_inputs"]["images"]
-    items = images["items"]
+    images = dict(whole["modality_inputs"]["images"])
+    items = images.pop("items")
     first = int(items[: own.start].sum())
-    pixels = images["pixel_values"][first : first + int(items[own].sum())]
+    inputs = encoder.take(images, first, first + int(items[own].sum()))
     texts = {name: value[own] for name, value in whole.items() if name != "modality_inputs"}
-    return {**texts, "modality_inputs": {"images": {"pixel_values": pixels, "items": items[own]}}}
+    return {**texts, "modality_inputs": {"images": {**inputs, "items": items[own]}}}
 
 
 class gradients_for_weights:
@@ -115,7 +129,7 @@ class gradients_for_weights:
     def __enter__(self) -> None:
         self._saved = [each.data for each in (*self._trained, *self._rest)]
         for each in self._trained:
-            each.data = each.main_grad
+            each.data = each.main_grad.to(each.dtype)  # another type would take the hooks of autograd off
         for each in self._rest:
             each.data = torch.zeros_like(each)
 
@@ -140,13 +154,14 @@ def _logit_difference(reference: torch.Tensor, found: list[torch.Tensor], model:
         return 0.0
     replicas = model.module_groups[LANGUAGE].here.dp
     own = sample_slice(reference, replicas.rank(), replicas.size())
-    return float((found[0] - own).abs().max())
+    return float((found[0].float() - own.float()).abs().max())
 
 
 def _distance(reference: Outcome, found: Outcome, changed: int, apart: float) -> Distance:
-    def worst(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> float:
-        least = 1e-3 * max((float(each.abs().max()) for each in theirs.values()), default=0.0)
-        return max((_relative(each, ours[spelled(name, ours)], least) for name, each in theirs.items()), default=0.0)
+    def worst(theirs: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> float:
+        assert theirs.keys() == ours.keys()
+        least = 1e-3 * max(float(each.abs().max()) for each in theirs.values())
+        return max(_relative(each.float(), ours[name].float(), least) for name, each in theirs.items())
 
     return Distance(
         changed=changed,
@@ -156,17 +171,6 @@ def _distance(reference: Outcome, found: Outcome, changed: int, apart: float) ->
         gradient=worst(reference.gradients, found.gradients) if found.gradients else 0.0,
         weight=worst(reference.weights, found.weights),
     )
-
-
-def spelled(name: str, ours: dict[str, torch.Tensor]) -> str:
-    """transformers' name of a parameter as its files spell it."""
-    if name in ours:
-        return name
-    inner = name.removeprefix("model.")
-    for other in (inner, inner.replace("language_model.", "language_model.model.", 1), f"language_model.{name}"):
-        if other in ours:
-            return other
-    raise KeyError(name)
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor, least: float) -> float:

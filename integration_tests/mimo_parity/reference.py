@@ -1,5 +1,7 @@
-"""A tiny LLaVA, its samples, and what three steps of plain transformers and torch do to it."""
+"""The samples, and what three steps of plain transformers and torch do to a model."""
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,19 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMAGE_TOKEN, SEQUENCE, FEATURES = 100, 48, 16
-TEXT = {
-    **{"model_type": "llama", "vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 128},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-}
-TOWER = {
-    **{"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "image_size": 28, "patch_size": 7, "num_channels": 3},
-}
+from mimo_parity.subjects import IMAGE_TOKEN, SUBJECTS
+
+SEQUENCE = 48
 LR, DECAY, CLIP, BETAS = 1e-3, 0.01, 1.0, (0.9, 0.95)
 # Gradients that are zero but for rounding (biases of keys) must not become whole steps.
 EPS = 1e-5
+_TOWERS = ("model.vision_tower", "model.visual.")
+_LANGUAGE = ("model.language_model", "lm_head")
+# Part of a name -> learning rate and weight decay, where settings of single modules are compared.
+RATES = {"multi_modal_projector": (5e-4, 0.0), "vision_tower": (1e-4, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -28,97 +27,162 @@ class Outcome:
 
     Attributes:
         losses, norms: of each step: mean per token, and of the gradient before clipping.
-        gradients: of the first step, by transformers' name.
+        gradients: of the first step, by the names of transformers' files; zero for weights that are not trained.
         weights: after the last step.
         logits: of the first micro-batch before any step, [samples, sequence, vocabulary].
     """
 
     losses: list[float]
     norms: list[float]
-    gradients: dict[str, Tensor]
-    weights: dict[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
     logits: Tensor
 
 
-def llava_config(*, tied: bool = False) -> Any:
-    """Two layers each; every image is 16 features."""
-    from transformers import LlavaConfig
-
-    config = LlavaConfig(text_config=TEXT, vision_config=TOWER, image_token_id=IMAGE_TOKEN, tie_word_embeddings=tied)
-    config.architectures = ["LlavaForConditionalGeneration"]
-    return config
-
-
-def batch(number: int, samples: int, *, uneven: bool) -> dict[str, Any]:
+def batch(subject: str, number: int, samples: int, *, uneven: bool) -> dict[str, Any]:
     """One global micro-batch: random text and images; with `uneven` 0 to 2 images in a sample, else one in each."""
     draw = torch.Generator().manual_seed(1000 + number)
     tokens = torch.randint(3, IMAGE_TOKEN, (samples, SEQUENCE + 1), generator=draw)
     items = torch.randint(0, 3, (samples,), generator=draw) if uneven else torch.ones(samples, dtype=torch.long)
+    inputs, sizes = SUBJECTS[subject].draw(int(items.sum()), draw)
+    left = list(sizes)
     for sample, count in enumerate(items.tolist()):
-        tokens[sample, 3 : 3 + count * FEATURES] = IMAGE_TOKEN
+        place = 3
+        for _ in range(count):
+            size = left.pop(0)
+            tokens[sample, place : place + size] = IMAGE_TOKEN
+            place += size + 1  # text stands between images
     labels = tokens[:, 1:].clone()
     mask = ((labels != IMAGE_TOKEN) & (torch.rand(labels.shape, generator=draw) < 0.8)).float()
-    size = TOWER["image_size"]
-    images = torch.randn(int(items.sum()), 3, size, size, generator=draw)
     return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": labels.masked_fill(labels == IMAGE_TOKEN, 0),
         "loss_mask": mask,
         "position_ids": torch.arange(SEQUENCE).expand(samples, -1).contiguous(),
-        "modality_inputs": {"images": {"pixel_values": images, "items": items}},
+        "modality_inputs": {"images": {**inputs, "items": items}},
     }
 
 
 def train_transformers(
-    folder: Path, *, uneven: bool, steps: int, microbatches: int, samples: int, frozen: tuple[str, ...] = ()
+    subject: str,
+    folder: Path,
+    *,
+    uneven: bool,
+    steps: int,
+    microbatches: int,
+    samples: int,
+    settings: tuple[str, ...] = (),
 ) -> Outcome:
-    """Train transformers' model by torch alone.
+    """Train transformers' model by torch alone; bfloat16 weights with masters in float32.
 
     Args:
-        folder: of the model.
+        subject: the model.
+        folder: of it.
         uneven: see `batch`.
         steps, microbatches, samples: optimizer steps, micro-batches in each, samples in each of them.
-        frozen: weights whose names begin so stay.
+        settings: see `Case`.
     """
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    model.eval()  # no dropout; gradients are computed all the same
-    named = dict(model.named_parameters())
-    for name, each in named.items():
-        each.requires_grad_(not name.startswith(frozen))
-    trained = {name: each for name, each in named.items() if each.requires_grad}
-    groups = [
-        {"params": [each for each in trained.values() if each.dim() > 1], "weight_decay": DECAY},
-        {"params": [each for each in trained.values() if each.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    model = load(folder)
+    frozen = (*(_TOWERS if "frozen" in settings else ()), *(_LANGUAGE if "frozen_language" in settings else ()))
+    for name, each in model.named_parameters():
+        each.requires_grad_(not (frozen and name.startswith(frozen)))
     with torch.no_grad():
-        before = _logits(model, batch(0, samples, uneven=uneven))
-    losses, norms, gradients = [], [], {}
-    for step in range(steps):
-        optimizer.zero_grad()
-        batches = [batch(step * microbatches + each, samples, uneven=uneven) for each in range(microbatches)]
-        total, counted = sum(_loss(model, each) for each in batches), sum(each["loss_mask"].sum() for each in batches)
-        loss = total / counted
-        loss.backward()
-        for each in trained.values():  # Megatron-Core's gradients are zero where torch has none
-            each.grad = torch.zeros_like(each) if each.grad is None else each.grad
+        before = logits(model, batch(subject, 0, samples, uneven=uneven))
+    batches = [
+        [batch(subject, step * microbatches + each, samples, uneven=uneven) for each in range(microbatches)]
+        for step in range(steps)
+    ]
+    losses, norms, first = train(model, batches, by_module="rates" in settings)
+    named = dict(model.named_parameters())
+    gradients = saved(model, {name: first.get(name, torch.zeros_like(each)) for name, each in named.items()})
+    weights = saved(model, {name: each.detach() for name, each in named.items()})
+    return Outcome(losses, norms, gradients, weights, before)
+
+
+def train(
+    model: Any, batches: Sequence[Sequence[dict[str, Any]]], *, by_module: bool = False
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Train the parameters that ask for gradients on the batches of each step.
+
+    Returns:
+        Losses, norms of the gradients, and the gradients of the first step.
+    """
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    masters = {name: each if each.dtype == torch.float32 else each.detach().float() for name, each in trained.items()}
+    optimizer = torch.optim.AdamW(_groups(masters, by_module), lr=LR, betas=BETAS, eps=EPS)
+    losses, norms, first = [], [], {}
+    for step, each_step in enumerate(batches):
+        loss, summed = _gradients(model, trained, each_step)
         if step == 0:
-            gradients = {name: each.grad.clone() for name, each in trained.items()}
-        norms.append(float(torch.nn.utils.clip_grad_norm_(list(trained.values()), CLIP)))
+            first = {name: each.clone() for name, each in summed.items()}
+        for name, each in masters.items():
+            each.grad = summed[name]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(list(masters.values()), CLIP)))
         optimizer.step()
-        losses.append(loss.item())
-    return Outcome(losses, norms, gradients, {name: each.detach().clone() for name, each in named.items()}, before)
+        for name, each in trained.items():
+            each.data.copy_(masters[name].data)
+        losses.append(loss)
+    return losses, norms, first
+
+
+def load(folder: Path) -> Any:
+    """transformers' model of a folder, in the precision of its files."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()  # no dropout; there are gradients
+
+
+def saved(model: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`values` of the model's parameters as transformers would write them to files."""
+    from safetensors.torch import load_file
+
+    kept = {name: each.data for name, each in model.named_parameters()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, each in model.named_parameters():
+            each.data = values[name].clone()
+        model.save_pretrained(folder)
+        for name, each in model.named_parameters():
+            each.data = kept[name]
+        return {name: each for file in Path(folder).glob("*.safetensors") for name, each in load_file(file).items()}
+
+
+def _groups(trained: Mapping[str, Tensor], by_module: bool) -> list[dict[str, Any]]:
+    groups = []
+    for name, each in trained.items():
+        own = next((value for part, value in RATES.items() if by_module and part in name), (LR, DECAY))
+        groups.append({"params": [each], "lr": own[0], "weight_decay": own[1] if each.dim() > 1 else 0.0})
+    return groups
+
+
+def _gradients(
+    model: Any, trained: Mapping[str, Any], batches: Sequence[dict[str, Any]]
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss per token over all batches, and its gradients in float32; Megatron-Core's are zero where torch has none."""
+    counted = sum(each["loss_mask"].sum() for each in batches)
+    summed = {name: torch.zeros_like(each, dtype=torch.float32) for name, each in trained.items()}
+    total = 0.0
+    for each in batches:
+        model.zero_grad()
+        loss = _loss(model, each) / counted
+        loss.backward()
+        total += loss.item()
+        for name, parameter in trained.items():
+            if parameter.grad is not None:
+                summed[name] += parameter.grad.float()
+    return total, summed
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    logits = _logits(model, batch).flatten(0, 1)
-    losses = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="none")
+    found = logits(model, batch).flatten(0, 1).float()
+    losses = torch.nn.functional.cross_entropy(found, batch["labels"].flatten(), reduction="none")
     return (losses * batch["loss_mask"].flatten()).sum()
 
 
-def _logits(model: Any, batch: dict[str, Any]) -> Tensor:
-    pixels = batch["modality_inputs"]["images"]["pixel_values"]
-    found: Tensor = model(input_ids=batch["tokens"], pixel_values=pixels if len(pixels) else None).logits
+def logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    """transformers' logits of a batch, [samples, sequence, vocabulary]."""
+    inputs = dict(batch["modality_inputs"]["images"])
+    given = {name: each for name, each in inputs.items() if name != "items"} if int(inputs["items"].sum()) else {}
+    if "image_grid_thw" in given:
+        given["mm_token_type_ids"] = (batch["tokens"] == IMAGE_TOKEN).int()
+    found: Tensor = model(input_ids=batch["tokens"], **given).logits
     return found

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.mimo.data import collate
 from mimo_parity.cases import Case
+from mimo_parity.placed import part_of, provider_of
 from mimo_parity.reference import SEQUENCE, batch
 
 
@@ -23,7 +24,7 @@ class _Samples(Dataset[Any]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        whole = batch(self.first + index, 1, uneven=True)
+        whole = batch("plain", self.first + index, 1, uneven=True)
         images = whole["modality_inputs"]["images"]["pixel_values"]
         sample = {name: value[0] for name, value in whole.items() if name != "modality_inputs"}
         return sample | ({"modality_inputs": {"images": {"pixel_values": images}}} if len(images) else {})
@@ -39,7 +40,6 @@ class RandomImages(DatasetProvider):
 
 def run_of(case: Case, folder: Path, **checkpoint: Any) -> Any:
     """A run of a few steps at `case`; `checkpoint` are fields of its checkpoint section."""
-    from megatron.bridge.mimo import MimoProvider
     from megatron.bridge.training.config import (
         CheckpointConfig,
         ConfigContainer,
@@ -51,10 +51,8 @@ def run_of(case: Case, folder: Path, **checkpoint: Any) -> Any:
         TrainingConfig,
     )
 
-    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
+    provider = provider_of(case, folder)
     provider.seq_length = SEQUENCE
-    provider.language.sequence_parallel = "sequence_parallel" in case.settings
-    provider.encoders["images"].frozen = "frozen" in case.settings
     sharded = "distributed" in case.settings
     return ConfigContainer(
         model=provider,
@@ -82,11 +80,12 @@ def weights_of(cfg: Any, model: list[Any]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to: losses of its steps, the validation loss, and the weights."""
+    """What a run came to: losses of its steps, the validation loss, the weights, and those that `parted` finds."""
 
     losses: dict[int, float]
     valid_loss: float | None
     weights: dict[str, torch.Tensor]
+    parted: list[str]
 
 
 def train_case(case: Case, folder: Path, *, stop: int | None = None, **checkpoint: Any) -> Trained:
@@ -98,16 +97,39 @@ def train_case(case: Case, folder: Path, *, stop: int | None = None, **checkpoin
         stop: step to stop after.
         checkpoint: see `run_of`.
     """
+    cfg = run_of(case, folder, **checkpoint)
+    cfg.train.exit_interval = stop
+    return trained(cfg)
+
+
+def trained(cfg: Any) -> Trained:
+    """Run a configuration to its end; called on every rank of its world."""
     from megatron.bridge.mimo.mimo_step import forward_step
     from megatron.bridge.training.setup import distributed, setup
     from megatron.bridge.training.train import train
 
-    cfg = run_of(case, folder, **checkpoint)
-    cfg.train.exit_interval = stop
     with distributed(cfg):
         run = setup(cfg)
         result = train(run, forward_step)
-        return Trained(result.losses, result.valid_loss, weights_of(cfg, run.model))
+        return Trained(result.losses, result.valid_loss, weights_of(cfg, run.model), parted(run.model[0]))
+
+
+def parted(model: Any) -> list[str]:
+    """The weights of the language model that its tensor-parallel ranks should hold alike, and do not. Collective."""
+    import torch.distributed as dist
+
+    from megatron.bridge.conversion.live_weights import unwrap
+    from megatron.bridge.mimo.module_groups import LANGUAGE
+
+    if model.language_model is None:
+        return []
+    group, found = model.module_groups[LANGUAGE].here.tp, []
+    for name, weight in unwrap(model.language_model).named_parameters():
+        copies = [torch.empty_like(weight) for _ in range(group.size())]
+        dist.all_gather(copies, weight.detach(), group=group)
+        if not getattr(weight, "tensor_model_parallel", False) and not all(each.equal(weight) for each in copies):
+            found.append(name)
+    return found
 
 
 def failing_step(case: Case, folder: Path, *, rank: int, dies: bool) -> str:
@@ -119,7 +141,6 @@ def failing_step(case: Case, folder: Path, *, rank: int, dies: bool) -> str:
     from megatron.bridge.mimo import MimoProvider
     from megatron.bridge.mimo.slices import loading_place
     from megatron.bridge.mimo.step import forward_step
-    from mimo_parity.placed import part_of
 
     provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
     (model,) = provider.provide_distributed_model()
@@ -133,7 +154,8 @@ def failing_step(case: Case, folder: Path, *, rank: int, dies: bool) -> str:
         return forward_step(data_iterator, model)
 
     place = loading_place(model.module_groups)
-    data = iter([part_of(batch(number, 4, uneven=case.uneven), *place) for number in range(2)])
+    wholes = [batch(case.subject, number, 4, uneven=case.uneven) for number in range(2)]
+    data = iter([part_of(whole, provider.encoders["images"], *place) for whole in wholes])
     try:
         runtime.forward_backward(step, data, 2, seq_length=SEQUENCE, micro_batch_size=4)
     except BridgeError as error:

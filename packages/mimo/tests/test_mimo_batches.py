@@ -9,7 +9,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo import Encoder
 from megatron.bridge.mimo.data import collate
 from megatron.bridge.mimo.places import refuse_misplaced
-from megatron.bridge.mimo.slices import encoder_inputs, sample_slice
+from megatron.bridge.mimo.slices import encoder_inputs, own_batch, sample_slice
 
 IMAGE, FEATURES = 9, 2
 
@@ -97,3 +97,26 @@ def test_tokens_that_do_not_match_the_features_are_refused_by_sample() -> None:
 def test_samples_that_replicas_cannot_divide_are_refused() -> None:
     with pytest.raises(BridgeError, match="3 samples cannot be divided among 2 data-parallel replicas"):
         sample_slice(torch.zeros(3, 4), 0, 2)
+
+
+def test_samples_whose_inputs_are_no_items_say_how_many_items_they_have() -> None:
+    def patches(*grids: int) -> dict[str, Any]:
+        images = {"pixels": torch.zeros(sum(grids), 4), "grid": torch.tensor(grids)}
+        return {"tokens": torch.ones(3), "modality_inputs": {"images": images}}
+
+    samples = [patches(4, 6), patches(2)]
+    with pytest.raises(BridgeError, match=r"sample 0 .* \(pixels: 10, grid: 2\); say how many there are"):
+        collate(samples)
+    for sample in samples:
+        images = sample["modality_inputs"]["images"]
+        images["items"] = torch.tensor(len(images["grid"]))
+    images = collate(samples)["modality_inputs"]["images"]
+    assert images["items"].tolist() == [2, 1]
+    assert images["grid"].tolist() == [4, 6, 2]
+    assert images["pixels"].shape == (12, 4)
+
+
+def test_what_no_module_takes_is_refused() -> None:
+    batch = collate([sample(0)]) | {"cu_seqlens": torch.tensor([0, 4, 9])}
+    with pytest.raises(BridgeError, match="the batch has cu_seqlens, of which no module knows what to do"):
+        own_batch(None, batch)  # type: ignore[arg-type]  # it is not asked

@@ -11,7 +11,9 @@ import transformers
 from click.testing import CliRunner
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.conversion.model_bridge import MODEL_BRIDGES
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.models.families.dense import DenseBridge
 from megatron.bridge.testing import run_ranks
 from megatron.bridge.training.flops import forward_flops_per_token
 from megatron.bridge.training.planner.candidates import candidates, problems
@@ -127,6 +129,17 @@ def test_a_shape_read_without_torch_is_the_providers(name: str) -> None:
     provider.finalize()
     flops = step_operations(Question(shape=shape_of(provider), cluster=cluster("1xH100"), global_batch=1))
     assert flops == 3 * (forward_flops_per_token(provider) or 0) * provider.seq_length
+
+
+def test_the_class_of_a_text_model_is_found_beside_that_of_the_whole() -> None:
+    """`emu3_text_model` stands in transformers' models/emu3; a family of somebody's package may be of such a kind."""
+    MODEL_BRIDGES.register("Emu3ForCausalLM", DenseBridge)
+    try:
+        config = transformers.Emu3TextConfig(architectures=["Emu3ForCausalLM"])
+        written = {"architectures": ["Emu3ForCausalLM"], "model_type": config.model_type}
+        assert shape_of_hf(written) == shape_of(AutoBridge.from_hf_config(config).to_megatron_provider())
+    finally:
+        MODEL_BRIDGES.unregister("Emu3ForCausalLM")
 
 
 def test_what_is_not_known_is_refused() -> None:

@@ -20,7 +20,7 @@ OURS: Mapping[str, Distribution] = {
     "megatron-bridge-peft": Distribution("megatron.bridge.peft", "parameter-efficient fine-tuning"),
     "megatron-bridge-data": Distribution("megatron.bridge.data", "datasets and preprocessing", ("data",)),
     "megatron-bridge-training": Distribution(
-        "megatron.bridge.training", "the training loop", ("train", "config", "plan", "quickstart")
+        "megatron.bridge.training", "the training loop", ("train", "config", "plan", "quickstart", "migrate")
     ),
     "megatron-bridge-mimo": Distribution("megatron.bridge.mimo", "several models trained as one", ("mimo",)),
     "megatron-bridge-recipes": Distribution("megatron.bridge.recipes", "importable training recipes", ("recipes",)),

@@ -184,6 +184,7 @@ class AdapterTable:
         layout: Layout,
     ) -> None:
         self._modules, self._name, self._peft = ModuleTable(table), name, peft
+        self._spellings = table.spellings
         self.layers = [each for each in adapted(chunks, layout) if name in each.layer.adapters]
         # Experts whose two layers both have adapters are named in another way than those of which one has.
         bases = {rule.megatron: rule for rule in map(self._rule, self.layers)}
@@ -227,7 +228,7 @@ class AdapterTable:
             raise BridgeError(
                 f"the adapter on {each.name} cannot be named for Hugging Face: the weight table has no rule for it"
             )
-        return rule
+        return self._peft.inside(rule, self._spellings)
 
     def _rules(self, each: Adapted, bases: Iterable[WeightRule]) -> Iterator[WeightRule]:
         base, adapter = self._rule(each), each.layer.adapters[self._name]

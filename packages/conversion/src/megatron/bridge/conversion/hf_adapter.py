@@ -148,32 +148,61 @@ def save_hf_adapter(
     bridge: "AutoBridge", model: Model, path: Path, name: str | None, *, overwrite: bool, dtype: Any
 ) -> Path:
     """See `AutoBridge.save_hf_adapter`. Collective."""
-    import torch
-    from safetensors.torch import save_file
-
     from megatron.bridge import platform
 
-    export = AdapterExport(bridge, model, name, dtype)
-    # Every rank takes part; the first one keeps. An adapter is a small part of its model.
-    keeps = platform.rank() == 0
-    kept = {
-        own: tensor.clone(memory_format=torch.contiguous_format) for own, tensor in export.weights(cpu=True) if keeps
-    }
-    source = bridge.source
-    config = export.config(None if source is None else str(source.path_or_id))
+    files = gathered_adapter(bridge, model, name, dtype, keeps=platform.rank() == 0)
+    on_rank_zero(lambda: files.write(path, overwrite=overwrite), f"export of adapter {files.name!r} to {path} failed")
+    return path
 
-    def write() -> None:
-        staged = StagedFolder(path, overwrite=overwrite, needed_bytes=sum(each.nbytes for each in kept.values()))
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What peft's folder holds.
+
+    Args:
+        name: of the adapter.
+        weights: by peft's names; none on a rank that keeps none.
+        config: `adapter_config.json`.
+    """
+
+    name: str
+    weights: "Mapping[str, torch.Tensor]"
+    config: Mapping[str, Any]
+
+    def write(self, path: Path, *, overwrite: bool) -> None:
+        """Write the folder, whole or not at all."""
+        from safetensors.torch import save_file
+
+        needed = sum(each.nbytes for each in self.weights.values())
+        staged = StagedFolder(path, overwrite=overwrite, needed_bytes=needed)
+        config = json.dumps(self.config, indent=2, sort_keys=True)
         try:
-            save_file(kept, staged.path / WEIGHTS, metadata={"format": "pt"})
-            (staged.path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            save_file(dict(self.weights), staged.path / WEIGHTS, metadata={"format": "pt"})
+            (staged.path / CONFIG).write_text(config + "\n", encoding="utf-8")
             staged.publish()
         except BaseException:
             staged.remove()
             raise
 
-    on_rank_zero(write, f"export of adapter {export.name!r} to {path} failed")
-    return path
+
+def gathered_adapter(bridge: "AutoBridge", model: Model, name: str | None, dtype: Any, *, keeps: bool) -> AdapterFiles:
+    """One adapter of a spread model. Collective over the ranks that share it; an adapter is a small part of its model.
+
+    Args:
+        bridge: of the model.
+        model: chunks of this rank.
+        name: of the adapter; None for the one that takes part.
+        dtype: of the weights; None keeps the model's.
+        keeps: whether this rank is given the weights.
+    """
+    import torch
+
+    export = AdapterExport(bridge, model, name, dtype)
+    kept = {
+        own: tensor.clone(memory_format=torch.contiguous_format) for own, tensor in export.weights(cpu=True) if keeps
+    }
+    source = bridge.source
+    return AdapterFiles(export.name, kept, export.config(None if source is None else str(source.path_or_id)))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ is a target parameter; peft wraps a module once for each of its target parameter
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,22 @@ class PeftNames:
             return frozenset()
         names = (name for name, _ in self._model.named_parameters())
         return frozenset(name for name in names if name.rpartition(".")[0] not in self.modules)
+
+    def inside(self, rule: WeightRule, spellings: Iterable[tuple[str, str]]) -> WeightRule:
+        """The rule by the names inside transformers' model, which files may spell in another way.
+
+        Args:
+            rule: by the names in files.
+            spellings: of the table: (beginning, other beginning).
+        """
+        beginnings = [("", ""), *spellings]
+        return replace(rule, hf=tuple(self._inside(name, beginnings) for name in rule.hf_names))
+
+    def _inside(self, weight: str, beginnings: Iterable[tuple[str, str]]) -> str:
+        known = self.modules | self.parameters
+        spelled = (other + weight.removeprefix(own) for own, other in beginnings if weight.startswith(own))
+        heads = ((name, name.removesuffix(_WEIGHT).partition("{")[0]) for name in spelled)
+        return next((name for name, head in heads if any(each.startswith(head) for each in known)), weight)
 
     def stacked(self, rule: WeightRule) -> str | None:
         """The pattern of the parameter that holds the experts of this rule's weight, None where none does."""

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
         get_data_iterator_colocated,
     )
     from megatron.bridge.mimo.encoders import ENCODERS, Encoder
+    from megatron.bridge.mimo.module_settings import ModuleOptimizerConfig
     from megatron.bridge.mimo.own_loop import (
         finalize_model_grads,
         get_vlm_mimo_model_colocated,
         module_to_grid_tuple,
         multimodule_no_sync,
     )
+    from megatron.bridge.mimo.projector import PROJECTORS, Projector
     from megatron.bridge.mimo.provider import MimoProvider
     from megatron.bridge.mimo.step import forward_step
 
@@ -38,6 +40,9 @@ _LAZY = {
     "Encoder": "encoders",
     "MimoDataConfig": "data",
     "MimoProvider": "provider",
+    "ModuleOptimizerConfig": "module_settings",
+    "PROJECTORS": "projector",
+    "Projector": "projector",
     "collate": "data",
     "export_hf_weights": "conversion",
     "finalize_model_grads": "own_loop",
@@ -55,14 +60,17 @@ _LAZY = {
 __all__ = [
     "DEPLOYMENT_MODES",
     "ENCODERS",
+    "PROJECTORS",
     "Change",
     "Encoder",
     "Fix",
     "MimoDataConfig",
     "MimoParallelismConfig",
     "MimoProvider",
+    "ModuleOptimizerConfig",
     "ModuleParallelismConfig",
     "PlacementError",
+    "Projector",
     "Violation",
     "collate",
     "draw_placement",

@@ -39,6 +39,11 @@ class _Half(torch.nn.Module):
         self._name = name
         self.add_module(name, module)
 
+    @property
+    def inner(self) -> torch.nn.Module:
+        """The module."""
+        return self.get_submodule(self._name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -190,12 +195,14 @@ def save_hf_pretrained(
 
 def _halves(model: "BridgeMimoModel") -> dict[str, torch.nn.Module]:
     """The modules on this rank as the table names them."""
-    found: dict[str, torch.nn.Module] = {}
-    for name, wrapped in model.parts().items():
-        module: Any = unwrap(wrapped)
-        inner = module if name == LANGUAGE else module.tower
-        found[name] = _Half(_LANGUAGE if name == LANGUAGE else _VISION, inner)
-    return found
+    language = language_half(model)
+    found: dict[str, torch.nn.Module] = {} if language is None else {LANGUAGE: language}
+    return {name: _Half(_VISION, each.tower) for name, each in model.encoders().items()} | found
+
+
+def language_half(model: "BridgeMimoModel") -> Any:
+    """The language model, without what wraps it, by the name that it has in the whole model; None on other ranks."""
+    return None if model.language_model is None else _Half(_LANGUAGE, unwrap(model.language_model))
 
 
 def _rules(table: WeightTable, language: bool) -> WeightTable:

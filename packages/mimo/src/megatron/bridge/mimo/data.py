@@ -40,10 +40,14 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         samples: dicts of tensors of one shape, and `modality_inputs`: by modality the encoder's inputs for the items of
-            the sample, by name, with their number along the first axis. A sample without items leaves the modality out.
+            the sample, by name, with their number along the first axis. Where inputs differ in it (patches of images of
+            several sizes), `items` says how many there are. A sample without items leaves the modality out.
 
     Returns:
         Tensors [samples, ...], and by modality the items of all samples, with `items`, how many each sample has.
+
+    Raises:
+        BridgeError: nothing says how many items a sample has.
     """
     import torch
     from torch.utils.data import default_collate
@@ -58,12 +62,29 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             **{
                 key: torch.cat([each[name][key] for each in given if name in each])
                 for key in next(each[name] for each in given if name in each)
+                if key != ITEMS
             },
-            ITEMS: torch.tensor([len(next(iter(each[name].values()))) if name in each else 0 for each in given]),
+            ITEMS: torch.tensor([_items(name, number, each.get(name)) for number, each in enumerate(given)]),
         }
         for name in names
     }
     return batch
+
+
+def _items(name: str, number: int, inputs: "Batch | None") -> int:
+    """How many items a sample has."""
+    if inputs is None:
+        return 0
+    sizes = {key: len(value) for key, value in inputs.items() if key != ITEMS}
+    if ITEMS in inputs:
+        return int(inputs[ITEMS])
+    if len(set(sizes.values())) != 1:
+        told = ", ".join(f"{key}: {size}" for key, size in sizes.items())
+        raise BridgeError(
+            f"sample {number} of the batch has {name} whose inputs differ along the first axis ({told}); say how many "
+            f"there are: modality_inputs[{name!r}][{ITEMS!r}]"
+        )
+    return sizes.popitem()[1]
 
 
 def get_data_iterator(

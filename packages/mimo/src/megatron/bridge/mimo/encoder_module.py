@@ -1,6 +1,7 @@
 """An encoder and its projector as a module of Megatron-Core's MIMO model."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
+from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.mimo.encoders import Encoder
+from megatron.bridge.mimo.encoders import Encoder, Inputs
 from megatron.bridge.mimo.places import ITEMS, PLACES, refuse_misplaced
+from megatron.bridge.mimo.projector import projector_of
 from megatron.bridge.models.vision_half import nothing_of
 
 TOWER = "tower"
+# Where Megatron-Core's base class keeps the encoder's module, and the projector.
+_TOWER_PREFIX, _PROJECTOR_PREFIX = f"encoders.{TOWER}.", "input_projections."
 
 
 class EncoderModule(ModalitySubmodules):
@@ -48,6 +53,7 @@ class EncoderModule(ModalitySubmodules):
             pg_collection=groups,
         )
         self.name, self.encoder, self.config = name, encoder, config
+        self._projector = projector_of(encoder.projector)
 
     @property
     def tower(self) -> torch.nn.Module:
@@ -70,21 +76,57 @@ class EncoderModule(ModalitySubmodules):
         number = self.encoder.count(inputs)
         place = next(self.tower.parameters())
         given = {name: _moved(value, place) for name, value in (inputs if number else self.encoder.ghost()).items()}
-        features = self.encoder.encode(self.tower, given)
+        features = self._projected(given)
         if places is not None:
             sizes = [len(each) for each in features] if number else []
             refuse_misplaced(self.name, self.encoder.token_id, places, items, sizes)
         rows = torch.cat(tuple(features))
-        if rows.shape[-1] != self.encoder.width:
-            raise BridgeError(
-                f"{self.name!r}: the encoder's features have width {rows.shape[-1]}, and it says {self.encoder.width}, "
-                "for which its projector was made; correct the width of its encoder"
-            )
-        for projector in self.input_projections:
-            rows = projector(rows)
         if self.training and torch.is_grad_enabled():
             rows = rows + nothing_of(self).to(rows)
+            # Where nothing is trained, the way back between ranks is walked all the same.
+            rows = rows if rows.requires_grad else rows.detach().requires_grad_()
         return rows if number else rows[:0]
+
+    def _projected(self, inputs: Inputs) -> "Sequence[Tensor]":
+        """What the tower and the projector make of each item, [tokens, hidden]."""
+        with self._own_draws():
+            features = self.encoder.encode(self.tower, inputs)
+            for width in {each.shape[-1] for each in features} - {self.encoder.width}:
+                raise BridgeError(
+                    f"{self.name!r}: the encoder's features have width {width}, and it says {self.encoder.width}, "
+                    "for which its projector was made; correct the width of its encoder"
+                )
+            for module in self.input_projections:
+                features = self._projector.project(module, features, self.name)
+        return features
+
+    @contextlib.contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Within the block, random numbers are drawn apart.
+
+        How many an encoder's dropout takes depends on its items, and ranks that divide the language model between them
+        must go on alike.
+        """
+        if not self.training:
+            yield
+            return
+        seed = int(torch.randint(2**62, ())) + int(self.pg_collection.dp.rank())
+        place = platform.device()
+        with torch.random.fork_rng([] if place.type == "cpu" else [place]):
+            torch.manual_seed(seed)
+            yield
+
+    def is_projector(self, name: str) -> bool:
+        """Whether one of this module's parameters belongs to the projector, its own or the encoder's."""
+        if name.startswith(_PROJECTOR_PREFIX):
+            return True
+        return self.encoder.is_projector(name.removeprefix(_TOWER_PREFIX))
+
+    def freeze(self) -> None:
+        """Take out of training what the encoder says is frozen."""
+        for name, each in self.named_parameters():
+            if self.encoder.frozen_projector if self.is_projector(name) else self.encoder.frozen:
+                each.requires_grad_(False)
 
     def decode(self, embeddings: Tensor, data_batch: Any) -> Tensor:
         """Nothing decodes: Megatron-Core's base class asks for the method."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron.bridge.mimo.projector import Projector
 from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,10 +27,14 @@ class Encoder(ABC):
     Attributes:
         token_id: the token that stands for one feature.
         frozen: its weights are not trained; its projector's are.
+        frozen_projector: its projector's weights are not trained.
+        projector: from the features to the language model's width, or its name among `PROJECTORS`.
     """
 
     token_id: int
     frozen: bool = False
+    frozen_projector: bool = False
+    projector: Projector | str = "mlp"
 
     @property
     @abstractmethod
@@ -54,9 +59,28 @@ class Encoder(ABC):
     def encode(self, module: "torch.nn.Module", inputs: Inputs) -> "Sequence[Tensor]":
         """Features of each item, [tokens of the item, width]."""
 
-    def freeze(self, module: "torch.nn.Module") -> None:
-        """Take a module from `build` out of training; a projector in it stays."""
-        module.requires_grad_(False)
+    def is_projector(self, name: str) -> bool:
+        """Whether a parameter of a module from `build` belongs to a projector in it (see `projects`)."""
+        return False
+
+    @property
+    def decides_positions(self) -> bool:
+        """Whether the positions of the language model's tokens depend on the items (see `positions`)."""
+        return False
+
+    def positions(self, tokens: "Tensor", inputs: Inputs) -> "Tensor":
+        """Positions of tokens [samples, sequence] in several axes, [axes, samples, sequence].
+
+        Args:
+            tokens: of the language model.
+            inputs: of the items of these samples; none where they have no item.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decides no positions")
+
+    @property
+    def features_per_item(self) -> int | None:
+        """Features of one item before the projector; None where items differ."""
+        return None
 
     @abstractmethod
     def ghost(self) -> Inputs:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.mimo.model_checks import adapter_problems, optimizer_problems
 from megatron.bridge.training.engine import Engine, LoadingPlace
 from megatron.bridge.training.hf_side import is_hf_folder
 
@@ -54,7 +55,20 @@ class MimoEngine(Engine):
             yield f"model: {error}"
             return
         yield from self._provider.batch_problems(cfg.train.micro_batch_size)
+        yield from (f"model.{problem}" for problem in optimizer_problems(self._provider, cfg.optimizer))
+        yield from adapter_problems(self._provider, adapted=cfg.peft is not None)
+        yield from self._contradictions(cfg)
         yield from _unsupported(cfg)
+
+    def _contradictions(self, cfg: "ConfigContainer") -> Iterator[str]:
+        """Two learning rates for the same parameters."""
+        own = self._provider.optimizers.get(self._provider.placement.llm_module_name)
+        if own is None or own.lr is None:
+            return
+        if cfg.optimizer.decoupled_lr is not None:
+            yield "optimizer.decoupled_lr and an lr of the language model's own (model.optimizers): keep one of them"
+        if cfg.peft is not None and cfg.peft.optimizer_overrides(own.lr, 0.0):
+            yield "peft gives some weights rates of their own, and so does model.optimizers to all: keep one of them"
 
     def replicas(self, cfg: "ConfigContainer", world_size: int) -> int:
         return self._provider.llm_layout.data_parallel
@@ -66,10 +80,21 @@ class MimoEngine(Engine):
         samples = cfg.train.micro_batch_size * self._provider.llm_layout.data_parallel
         return LoadingPlace(rank, size, samples // size, needed=True)
 
+    def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
+        from megatron.bridge.conversion.rank_agreement import on_every_rank
+        from megatron.bridge.mimo.adapters import adapt_language
+
+        trained = self._provider.trained_beside_adapters
+        on_every_rank(lambda: adapt_language(method, chunks[0], trained), "peft")
+        return chunks
+
     def build_optimizer(self, settings: Any, model: list[Any], overrides: Any) -> Any:
+        from megatron.bridge.mimo.module_groups import LANGUAGE
         from megatron.bridge.mimo.optimizer import build_optimizer
 
-        return build_optimizer(model[0], settings, overrides)
+        language = self._provider.placement.llm_module_name
+        by_module = {LANGUAGE if name == language else name: each for name, each in self._provider.optimizers.items()}
+        return build_optimizer(model[0], settings, overrides, by_module)
 
     def schedule(self) -> Callable[..., list[dict[str, "Tensor"]]]:
         return self.runtime.run_schedule
@@ -84,6 +109,13 @@ class MimoEngine(Engine):
     def total(self, values: "Tensor") -> "Tensor":
         return self.runtime.total(values)
 
+    def over_stages(self, read: Callable[[Any], dict[str, float]]) -> dict[str, float]:
+        from megatron.bridge.conversion.rank_agreement import gather
+        from megatron.bridge.mimo.module_groups import LANGUAGE
+
+        own = self.runtime.modules[LANGUAGE].groups
+        return {name: value for each in gather({} if own is None else read(own)) for name, value in each.items()}
+
     def layout(self, cfg: "ConfigContainer") -> Any:
         placement = self._provider.placement
         modules = {name: vars(each) for name, each in placement.module_parallelisms.items()}
@@ -95,27 +127,35 @@ class MimoEngine(Engine):
     def optimizer_state(
         self, optimizer: Any, state: dict[str, Any], sharding: Mapping[str, Any], *, is_loading: bool = False
     ) -> Any:
-        from megatron.bridge.mimo.optimizer import module_state
+        from megatron.bridge.mimo.optimizer import module_state, stepping
 
         found = {
             name: module_state(name, info, state, sharding, is_loading=is_loading)
-            for name, info in optimizer.module_infos.items()
-            if info.optimizer is not None
+            for name, info in stepping(optimizer).items()
         }
         self._present = {name: present for name, (_, present) in found.items()}
         return {name: kept for name, (kept, _) in found.items()}
 
     def load_optimizer_state(self, optimizer: Any, loaded: dict[Any, Any], saved: dict[Any, Any]) -> None:
-        from megatron.bridge.mimo.optimizer import load_module_state
+        from megatron.bridge.mimo.optimizer import load_module_state, stepping
 
-        for name, info in optimizer.module_infos.items():
-            if info.optimizer is not None:
-                load_module_state(info.optimizer, loaded[name], self._present[name])
+        for name, info in stepping(optimizer).items():
+            load_module_state(info.optimizer, loaded[name], self._present[name])
 
     def save_hf(self, bridge: Any, model: list[Any], folder: Path, *, overwrite: bool = False) -> None:
         from megatron.bridge.mimo.conversion import save_hf_pretrained
 
         save_hf_pretrained(bridge, model[0], folder, overwrite=overwrite)
+
+    def refuse_adapter_export(self, model: list[Any]) -> None:
+        from megatron.bridge.mimo.adapters import refuse_trained_encoders
+
+        refuse_trained_encoders(model[0])
+
+    def save_hf_adapter(self, bridge: Any, model: list[Any], folder: Path) -> None:
+        from megatron.bridge.mimo.adapters import save_hf_adapter
+
+        save_hf_adapter(bridge, model[0], folder)
 
     def stop(self) -> None:
         from megatron.core import parallel_state
@@ -133,10 +173,10 @@ class MimoEngine(Engine):
 
 def _unsupported(cfg: "ConfigContainer") -> Iterator[str]:
     """Settings of a run that a model of several modules cannot follow."""
+    if getattr(cfg.dataset, "packing", False):
+        yield "dataset.packing=true: documents of one row would see each other's images; set it to false"
     if cfg.rng.data_parallel_random_init:
         yield "rng.data_parallel_random_init=True: replicas of several modules do not coincide; leave it out"
-    if cfg.peft is not None:
-        yield "peft: adapters are not applied to models of several modules; freeze modules instead (Encoder.frozen)"
     start = cfg.checkpoint.pretrained_checkpoint
     if start is not None and is_hf_folder(start):
         yield (

@@ -1,7 +1,7 @@
 """Megatron-Core's `MimoModel`, built of our providers' language models and of `EncoderModule`s."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from megatron.bridge.conversion.live_weights import unwrap
 from megatron.bridge.mimo.module_groups import LANGUAGE, ModuleGroups
@@ -20,6 +21,7 @@ from megatron.bridge.mimo.uneven_bridges import UnevenColocated
 
 if TYPE_CHECKING:
     from megatron.bridge.mimo.encoder_module import EncoderModule
+    from megatron.bridge.mimo.encoders import Encoder
 
 type Build = Callable[[], torch.nn.Module]
 
@@ -34,6 +36,7 @@ class BridgeMimoModel(MimoModel):
         token_ids: of every modality.
         max_sequence_length: of the language model.
         shared: the modules share their groups; encoders stand on the first pipeline stage.
+        deciding: the encoder that decides the positions of tokens, and its name, whether it is on this rank or not.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class BridgeMimoModel(MimoModel):
         token_ids: Mapping[str, int],
         max_sequence_length: int,
         shared: bool,
+        deciding: "tuple[str, Encoder] | None" = None,
     ) -> None:
         self._build, self._shared = build, shared
+        self.deciding = deciding
         self.module_groups = dict(modules)
         language = ModuleSpec(module=MimoModel, params={"config": config, "max_sequence_length": max_sequence_length})
         own = modules[LANGUAGE].groups
@@ -90,12 +95,23 @@ class BridgeMimoModel(MimoModel):
             state |= unwrap(part).sharded_state_dict(where, sharded_offsets, own)  # type: ignore[operator]
         return state
 
+    def saved_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters on this rank, by the names of `sharded_state_dict`."""
+        for name, part in self.parts().items():
+            for own, parameter in unwrap(part).named_parameters():
+                yield _checkpoint_prefix(name) + own, parameter
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill the modules on this rank from what was loaded for `sharded_state_dict`."""
+        missing: list[str] = []
+        unexpected: list[str] = []
         for name, part in self.parts().items():
             where = _checkpoint_prefix(name)
             own = {key.removeprefix(where): value for key, value in state_dict.items() if key.startswith(where)}
-            unwrap(part).load_state_dict(own, strict=strict, assign=assign)
+            outcome = unwrap(part).load_state_dict(own, strict=strict, assign=assign)
+            missing += (where + each for each in outcome.missing_keys)
+            unexpected += (where + each for each in outcome.unexpected_keys)
+        return _IncompatibleKeys(missing, unexpected)
 
     @property
     def ddp_config(self) -> Any:
@@ -122,7 +138,8 @@ class BridgeMimoModel(MimoModel):
 
         Args:
             input_ids: token ids [samples, sequence] of the language model, or of the encoder on a rank without one.
-            position_ids, loss_mask, labels: [samples, sequence] of the language model.
+            position_ids, loss_mask, labels: [samples, sequence] of the language model; positions that items decide are
+                [axes, samples, sequence].
             attention_mask: None: attention is causal.
             modality_inputs: of every encoder here the inputs of its own samples, with `places` and `items`.
             packing_kwargs: as Megatron-Core's.

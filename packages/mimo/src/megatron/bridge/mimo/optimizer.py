@@ -12,8 +12,9 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
+from megatron.bridge.mimo.module_settings import ModuleOptimizerConfig, module_overrides
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def build_optimizer(
     model: "BridgeMimoModel",
     settings: OptimizerConfig,
     overrides: Any = None,
+    by_module: Mapping[str, ModuleOptimizerConfig] | None = None,
 ) -> MimoOptimizer:
     """The optimizer of the modules on this rank. Collective over the world.
 
@@ -35,8 +37,11 @@ def build_optimizer(
         model: its modules wrapped in Megatron-Core's DDP.
         settings: of all modules.
         overrides: Megatron-Core's `config_overrides`.
+        by_module: what differs in some of them, the language model by Megatron-Core's key.
     """
     infos = {}
+    overrides = get_standard_config_overrides(settings) if overrides is None else overrides
+    encoders = model.encoders()
     for name, place in model.module_groups.items():
         part = model.parts().get(name)
         made = None
@@ -47,12 +52,21 @@ def build_optimizer(
             made = get_megatron_optimizer(
                 settings,
                 [part],
-                config_overrides=overrides,
+                config_overrides=overrides | module_overrides(name, by_module or {}, encoders.get(name)),
                 use_gloo_process_groups=False,
                 pg_collection=place.here,
             )
         infos[name] = ModuleOptimizerInfo(made, place.grid, place.groups, part is not None)
     return MimoOptimizer(infos, settings)
+
+
+def stepping(optimizer: MimoOptimizer) -> dict[str, ModuleOptimizerInfo]:
+    """The modules of which this rank trains something."""
+    return {
+        name: info
+        for name, info in optimizer.module_infos.items()
+        if info.optimizer is not None and not info.optimizer.is_stub_optimizer
+    }
 
 
 def module_state(

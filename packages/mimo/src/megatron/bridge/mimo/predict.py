@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.mimo.module_groups import LANGUAGE
 from megatron.bridge.mimo.slices import own_batch
+from megatron.bridge.mimo.step import moved
 from megatron.bridge.training.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def logits(runtime: "MimoRuntime", batches: "Sequence[Mapping[str, Any]]") -> "l
     from megatron.bridge.conversion.live_weights import unwrap
 
     def step(data_iterator: Iterator[Any], model: "BridgeMimoModel") -> tuple[Any, Callable[..., Any]]:
-        own = own_batch(model, next(data_iterator))
+        own = moved(own_batch(model, next(data_iterator)))
         own.pop("labels", None)
         return model(**own)[0], lambda output, non_loss_data: output
 

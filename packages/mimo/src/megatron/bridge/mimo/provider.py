@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.encoders import Encoder
+from megatron.bridge.mimo.model_checks import module_problems
+from megatron.bridge.mimo.module_settings import ModuleOptimizerConfig
 from megatron.bridge.mimo.parallelism import MimoParallelismConfig, ModuleParallelismConfig
+from megatron.bridge.mimo.projector import projector_of
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ class MimoProvider:
         encoders: by name of the modality, which is the name in the placement.
         placement: which module stands on which ranks.
         frozen_language: the language model is not trained.
+        trained_beside_adapters: encoders, or their projectors (`images.projector`), that are trained where a PEFT
+            method adapts the language model; all others stay then.
+        optimizers: settings of the optimizer that are not the run's, by module; `images.projector` stands for what
+            follows the tower of `images`.
         load_weights: take the weights of the Hugging Face model, where there is one.
     """
 
@@ -49,6 +56,8 @@ class MimoProvider:
     encoders: dict[str, Encoder]
     placement: MimoParallelismConfig
     frozen_language: bool = False
+    trained_beside_adapters: tuple[str, ...] = ()
+    optimizers: dict[str, ModuleOptimizerConfig] = field(default_factory=dict)
     load_weights: bool = True
     # The Hugging Face model that all modules are of; None for parts put together.
     bridge: "AutoBridge | None" = field(default=None, init=False, repr=False)
@@ -125,7 +134,7 @@ class MimoProvider:
 
         self.placement.finalize(platform.world_size() if world_size is None else world_size)
         self._refuse_other_names()
-        if problems := [*self._module_problems()]:
+        if problems := [*module_problems(self)]:
             raise BridgeError("the MIMO model cannot be built as configured:\n  " + "\n  ".join(problems))
         self.transformer_config()
 
@@ -169,36 +178,10 @@ class MimoProvider:
                 "the same names"
             )
 
-    def _module_problems(self) -> "list[str]":
-        hidden = self.language.hidden_size
-        problems = [
-            f"{name!r}: its features have width {encoder.width}, the language model has hidden_size={hidden}, and the "
-            "encoder's own projector ends before; take the projector that was made for this language model"
-            for name, encoder in self.encoders.items()
-            if encoder.projects and encoder.width != hidden
-        ]
-        for name, layout in self.placement.module_parallelisms.items():
-            if layout.context_parallel != 1:
-                problems.append(
-                    f"{name!r}: context_parallel={layout.context_parallel}: features are put among the embeddings of "
-                    "whole sequences; set context_parallel=1"
-                )
-            if name in self.encoders and self.placement.mode == "heterogeneous" and layout.pipeline_parallel != 1:
-                problems.append(
-                    f"{name!r}: pipeline_parallel={layout.pipeline_parallel}: an encoder's layers are not divided; set "
-                    "pipeline_parallel=1"
-                )
-        return problems + self._language_problems()
-
-    def _language_problems(self) -> list[str]:
-        language, problems = self.language, []
-        if language.fp16:
-            problems.append("fp16=True: modules would each have a loss scale of their own; use bf16")
-        if language.mtp_num_layers:
-            problems.append(f"mtp_num_layers={language.mtp_num_layers}: they predict from tokens alone; set it to None")
-        if language.virtual_pipeline_model_parallel_size is not None:
-            problems.append("virtual_pipeline_model_parallel_size: modules are not interleaved; set it to None")
-        return problems
+    @property
+    def deciding(self) -> dict[str, Encoder]:
+        """The encoders whose items decide the positions of tokens."""
+        return {name: encoder for name, encoder in self.encoders.items() if encoder.decides_positions}
 
     # --- building
 
@@ -227,7 +210,7 @@ class MimoProvider:
         platform.initialize_distributed()
         self.finalize()
         model = self._built(seed)
-        if self.bridge is not None and self._loads:
+        if self.bridge is not None and self.loads_weights:
             load_hf_weights(self.bridge, model)
         if pre_wrap_hook is not None:
             pre_wrap_hook([model])
@@ -259,23 +242,26 @@ class MimoProvider:
             {name: encoder.token_id for name, encoder in self.encoders.items()},
             self.language.max_position_embeddings or self.language.seq_length,
             shared=self.placement.mode == "homogeneous",
+            deciding=next(iter(self.deciding.items()), None),
         )
         _seed(modules[LANGUAGE] if modules[LANGUAGE].groups else _first_here(modules), seed)
         return model
 
     @property
-    def _loads(self) -> bool:
+    def loads_weights(self) -> bool:
+        """Whether the model is built with the weights of a Hugging Face model."""
         return self.bridge is not None and self.bridge.source is not None and self.load_weights
 
     def _encoder(self, name: str, place: "ModuleGroups", seed: int) -> "torch.nn.Module":
         from megatron.bridge.mimo.encoder_module import EncoderModule
-        from megatron.bridge.mimo.projectors import mlp_projector
 
         _seed(place, seed)
         encoder, config = self.encoders[name], self._encoder_config(name, place.layout)
-        tower = encoder.build(config, initialized=not self._loads)
-        hidden = self.language.hidden_size
-        projector = None if encoder.projects else mlp_projector(config, encoder.width, hidden, place.here)
+        tower = encoder.build(config, initialized=not self.loads_weights)
+        projector = None
+        if not encoder.projects:
+            kind = projector_of(encoder.projector)
+            projector = kind.build(config, encoder.width, self.language.hidden_size, place.here)
         return EncoderModule(name, encoder, config, tower, projector, place.here)
 
     def _encoder_config(self, name: str, layout: ModuleParallelismConfig) -> "TransformerConfig":
@@ -307,19 +293,16 @@ class MimoProvider:
         parallel_state.set_pipeline_model_parallel_rank(pipeline.rank())
         parallel_state.set_tensor_model_parallel_rank(tensor.rank())
         first, last = pipeline.rank() == 0, pipeline.rank() == pipeline.size() - 1
-        provider = self.language.replace(perform_initialization=not self._loads)
+        provider = self.language.replace(perform_initialization=not self.loads_weights)
         model = provider.provide(first, last, pg_collection=place.here)
         tell_group(model, place.here)
         return model
 
     def _freeze(self, model: "BridgeMimoModel") -> None:
-        from megatron.bridge.mimo.module_groups import LANGUAGE
-
-        for name, module in model.parts().items():
-            if name == LANGUAGE and self.frozen_language:
-                module.requires_grad_(False)
-            elif name != LANGUAGE and self.encoders[name].frozen:
-                self.encoders[name].freeze(module.tower)  # type: ignore[arg-type]
+        if self.frozen_language and model.language_model is not None:
+            model.language_model.requires_grad_(False)
+        for encoder in model.encoders().values():
+            encoder.freeze()
 
 
 _OWN = frozenset(each.name for each in fields(MimoProvider))

@@ -39,8 +39,9 @@ def own_batch(model: "BridgeMimoModel", batch: "Batch") -> dict[str, Any]:
         batch: `tokens`, `labels`, `loss_mask`, `position_ids`, each [samples, sequence], and `modality_inputs`.
 
     Raises:
-        BridgeError: the samples cannot be divided, or lack what belongs to them.
+        BridgeError: the samples cannot be divided, lack what belongs to them, or have what no module takes.
     """
+    _refuse_others(batch)
     _, loaded = loading_place(model.module_groups)
 
     def part(place: "ModuleGroups") -> tuple[int, int]:
@@ -55,8 +56,22 @@ def own_batch(model: "BridgeMimoModel", batch: "Batch") -> dict[str, Any]:
     # A rank without the language model needs the tokens to know whose features are whose.
     reader = LANGUAGE if model.module_groups[LANGUAGE].groups is not None else next(iter(encoders))
     own = part(model.module_groups[reader])
+    tokens = sample_slice(batch[TOKENS], *own)
     texts = {name: sample_slice(batch[name], *own) for name in _OF_LANGUAGE if name in batch and reader == LANGUAGE}
-    return {"input_ids": sample_slice(batch[TOKENS], *own), **texts, MODALITIES: inputs}
+    if model.deciding is not None and reader == LANGUAGE:
+        name, encoder = model.deciding
+        seen = encoder_inputs(name, encoder, batch, *own)
+        texts["position_ids"] = encoder.positions(tokens, {key: seen[key] for key in seen.keys() - {ITEMS, PLACES}})
+    return {"input_ids": tokens, **texts, MODALITIES: inputs}
+
+
+def _refuse_others(batch: "Batch") -> None:
+    others = sorted(batch.keys() - {TOKENS, MODALITIES, *_OF_LANGUAGE})
+    if others:
+        raise BridgeError(
+            f"the batch has {', '.join(others)}, of which no module knows what to do; packed documents and attention "
+            "masks are for models that are trained as one. Leave them out: every sample is one document"
+        )
 
 
 def sample_slice(value: "Tensor", rank: int, size: int) -> "Tensor":

@@ -27,11 +27,12 @@ def forward_step(
         The model's output, and the function that turns it into `(sum of losses, number of tokens, {"lm loss": [sum,
         number]})` on the last stage.
     """
-    output, loss_mask = model(**_moved(own_batch(model, next(data_iterator))))
+    output, loss_mask = model(**moved(own_batch(model, next(data_iterator))))
     return output, partial(masked_loss, loss_mask)
 
 
-def _moved(batch: dict[str, Any]) -> dict[str, Any]:
+def moved(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch on this process's device; what encoders take they move by themselves."""
     from torch import Tensor
 
     from megatron.bridge.platform import device

@@ -1,5 +1,6 @@
-"""Vision towers of transformers as encoders: CLIP (arXiv:2103.00020) and SigLIP (arXiv:2303.15343)."""
+"""Towers of transformers: CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and Whisper's (arXiv:2212.04356)."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,18 +15,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class VisionTower(Encoder):
-    """A tower by its transformers configuration; an image's features are those of its patches.
+class Tower(Encoder):
+    """A tower by its transformers configuration.
 
     Attributes:
         hf_config: fields of transformers' configuration; the rest has its defaults.
-        feature_layer: whose hidden states are the features, as transformers counts; -1 for the last one's.
     """
 
     hf_config: Mapping[str, Any]
-    feature_layer: int = -1
-    # transformers' names, and how many tokens before those of the patches the tower has.
+    # transformers' names of the configuration and of the model.
     names: ClassVar[tuple[str, str]]
+
+    def build(self, config: "TransformerConfig", *, initialized: bool) -> torch.nn.Module:
+        module, _, name = self.names[1].rpartition(".")
+        model = getattr(importlib.import_module(f"transformers{module}"), name)
+        tower: torch.nn.Module = model._from_config(self._config(), dtype=config.params_dtype)
+        return tower
+
+    def _config(self) -> Any:
+        import transformers
+
+        return getattr(transformers, self.names[0])(**self.hf_config)
+
+
+@dataclass(kw_only=True)
+class VisionTower(Tower):
+    """A tower that sees; an image's features are those of its patches.
+
+    Attributes:
+        feature_layer: whose hidden states are the features, as transformers counts; -1 for the last one's.
+    """
+
+    feature_layer: int = -1
+    # How many tokens before those of the patches the tower has.
     others: ClassVar[int] = 0
 
     @property
@@ -42,13 +64,6 @@ class VisionTower(Encoder):
         config = self._config()
         return int((config.image_size // config.patch_size) ** 2)
 
-    def build(self, config: "TransformerConfig", *, initialized: bool) -> torch.nn.Module:
-        import transformers
-
-        model = getattr(transformers, self.names[1])
-        tower: torch.nn.Module = model._from_config(self._config(), dtype=config.params_dtype)
-        return tower
-
     def encode(self, module: torch.nn.Module, inputs: Inputs) -> Sequence[Tensor]:
         states = module(inputs["pixel_values"], output_hidden_states=True).hidden_states
         return list(states[self.feature_layer][:, self.others :])
@@ -56,11 +71,6 @@ class VisionTower(Encoder):
     def ghost(self) -> Inputs:
         config = self._config()
         return {"pixel_values": torch.zeros(1, config.num_channels, config.image_size, config.image_size)}
-
-    def _config(self) -> Any:
-        import transformers
-
-        return getattr(transformers, self.names[0])(**self.hf_config)
 
 
 @dataclass(kw_only=True)
@@ -76,3 +86,33 @@ class SiglipTower(VisionTower):
     """SigLIP's."""
 
     names: ClassVar[tuple[str, str]] = ("SiglipVisionConfig", "SiglipVisionModel")
+
+
+@dataclass(kw_only=True)
+class WhisperTower(Tower):
+    """Whisper's encoder. An item is a log-mel spectrogram [bins, frames], padded as Whisper's feature extractor does.
+
+    Half as many features come out as frames go in; a `Resampler` makes them fewer.
+    """
+
+    names: ClassVar[tuple[str, str]] = ("WhisperConfig", ".models.whisper.modeling_whisper.WhisperEncoder")
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return ("input_features",)
+
+    @property
+    def width(self) -> int:
+        return int(self._config().d_model)
+
+    @property
+    def features_per_item(self) -> int:
+        """Features of one spectrogram."""
+        return int(self._config().max_source_positions)
+
+    def encode(self, module: torch.nn.Module, inputs: Inputs) -> Sequence[Tensor]:
+        return list(module(inputs["input_features"]).last_hidden_state)
+
+    def ghost(self) -> Inputs:
+        config = self._config()
+        return {"input_features": torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}

@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
 
-# In the names of the modules that transformers' models have between tower and language model.
-_PROJECTORS = ("projector", "connector")
+# In the names of what transformers' models have between tower and language model.
+_PROJECTORS = ("projector", "connector", ".merger.")
 # What images do to the language model besides giving it features, by the fields of `Vision`.
 _TIED = {
     "deepstack": "features that are added between layers",
     "image_blocks": "attention that images decide",
-    "grid_positions": "positions that images decide",
 }
 
 
@@ -78,9 +77,45 @@ class VisionHalf(Encoder):
         (found,) = features(module, self.vision, inputs)
         return found.images
 
-    def freeze(self, module: torch.nn.Module) -> None:
-        for name, part in module.named_children():
-            part.requires_grad_(any(each in name for each in _PROJECTORS))
+    @property
+    def _grid(self) -> str | None:
+        """The input that has the sizes of every image [images, 3], where an image's patches are rows of the others."""
+        return next((name for name in self.input_names if name.endswith("_grid_thw")), None)
+
+    def count(self, inputs: Inputs) -> int:
+        return super().count(inputs) if self._grid is None else len(inputs.get(self._grid, ()))
+
+    def take(self, inputs: Inputs, start: int, stop: int) -> Inputs:
+        grid = self._grid
+        if grid is None:
+            return super().take(inputs, start, stop)
+        patches = inputs[grid].prod(1)
+        rows = slice(int(patches[:start].sum()), int(patches[:stop].sum()))
+        return {name: value[start:stop] if name == grid else value[rows] for name, value in inputs.items()}
+
+    @property
+    def decides_positions(self) -> bool:
+        return self.vision.grid_positions
+
+    def positions(self, tokens: Tensor, inputs: Inputs) -> Tensor:
+        """In time, height and width, as transformers counts them.
+
+        Raises:
+            BridgeError: there are tokens of what this encoder does not take.
+        """
+        for other in self.vision.modalities[1:]:
+            for sample in (tokens == self.vision.token_id(other)).any(1).nonzero()[:1]:
+                raise BridgeError(
+                    f"sample {int(sample)} has {other.name} tokens (id {self.vision.token_id(other)}), and modules of "
+                    f"their own layouts take {self.vision.modalities[0].name}s alone; train on {other.name}s with one "
+                    "model (AutoBridge.to_megatron_provider)"
+                )
+        if not self.count(inputs):
+            return torch.arange(tokens.shape[1], device=tokens.device).expand(3, *tokens.shape)
+        return self.vision.grids(tokens, inputs)
+
+    def is_projector(self, name: str) -> bool:
+        return any(each in name for each in _PROJECTORS)
 
     def ghost(self) -> Inputs:
         return self.probe

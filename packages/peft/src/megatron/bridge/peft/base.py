@@ -102,7 +102,7 @@ class PEFT(ABC):
             self.begins(chunk)
             bound.append(binder.bind(chunk))
             bindings += binder.bindings
-        self._refuse_unbound([binding.name for binding in bindings], names)
+        self._refuse_unbound([binding.name for binding in bindings], names, bound)
         for chunk in bound:
             chunk.train(training)
             if training:
@@ -112,6 +112,11 @@ class PEFT(ABC):
         self.applied(bound)
         self._report = BindingReport.of(type(self).__name__, bindings, bound)
         return bound if isinstance(model, Sequence) else bound[0]
+
+    @property
+    def was_applied(self) -> bool:
+        """Whether the method was applied to a model on this rank."""
+        return getattr(self, "_report", None) is not None
 
     @property
     def report(self) -> BindingReport:
@@ -191,13 +196,13 @@ class PEFT(ABC):
     def _meets(self, pattern: str, full: str) -> bool:
         return matches(pattern, full) or matches_any([pattern], self.hf_names(full))
 
-    def _refuse_unbound(self, bound: list[str], names: list[str]) -> None:
+    def _refuse_unbound(self, bound: list[str], names: list[str], chunks: "list[torch.nn.Module]") -> None:
         wanted, kept = self.target_modules, self.exclude_modules
         # A target may be left out again as a whole; it has met something then.
         met = bound + [name for name in names if any(self._meets(pattern, name) for pattern in kept)]
         here = [len(bound)] + [sum(self._meets(pattern, name) for name in met) for pattern in wanted]
         here += [sum(self._meets(pattern, name) for name in names) for pattern in kept]
-        total, *counts = counted_over_model_parallel_ranks(here)
+        total, *counts = counted_over_model_parallel_ranks(here, chunks)
         unmatched = [pattern for pattern, count in zip(wanted, counts, strict=False) if not count]
         idle = [pattern for pattern, count in zip(kept, counts[len(wanted) :], strict=True) if not count]
         if total and not unmatched and not idle:

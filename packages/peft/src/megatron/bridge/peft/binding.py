@@ -1,9 +1,9 @@
 """Walks a frozen model, puts in place what a method returns, and records what that changed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.conversion.live_weights import ADAPTERS
+from megatron.bridge.conversion.live_weights import ADAPTERS, unwrap
 from megatron.bridge.peft.report import Binding
 
 if TYPE_CHECKING:
@@ -95,21 +95,30 @@ def _in_order(module: "torch.nn.Module", names: frozenset[str]) -> "Iterator[str
     return (name for name, _ in module.named_parameters() if name in names)
 
 
-def counted_over_model_parallel_ranks(counts: list[int]) -> list[int]:
+def counted_over_model_parallel_ranks(counts: list[int], chunks: "Sequence[Any]") -> list[int]:
     """Element-wise sum over the ranks that hold the model with this one. Collective.
 
-    Without Megatron's process groups the model is this rank's alone.
+    Args:
+        counts: of this rank.
+        chunks: of the model. Without process groups, theirs or Megatron's, it is this rank's alone.
     """
-    from megatron.core import parallel_state
-
-    if not parallel_state.is_initialized():
-        return counts
     import torch
 
     from megatron.bridge.platform import device
 
     summed = torch.tensor(counts, device=device())
-    torch.distributed.all_reduce(summed, group=parallel_state.get_model_parallel_group())
-    if parallel_state.get_expert_model_parallel_world_size() > 1:
-        torch.distributed.all_reduce(summed, group=parallel_state.get_expert_model_parallel_group())
+    for group in _model_parallel_groups(chunks):
+        torch.distributed.all_reduce(summed, group=group)
     return [int(count) for count in summed.tolist()]
+
+
+def _model_parallel_groups(chunks: "Sequence[Any]") -> list[Any]:
+    """Megatron's groups of the ranks that share a model, or those of a model that has a layout of its own."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        dense, expert = parallel_state.get_model_parallel_group(), parallel_state.get_expert_model_parallel_group(False)
+    else:
+        own = getattr(unwrap(chunks[0]), "pg_collection", None) if chunks else None
+        dense, expert = getattr(own, "mp", None), getattr(own, "ep", None)
+    return [group for group in (dense, expert) if group is not None and group.size() > 1]

@@ -43,17 +43,12 @@ def auxiliary_losses(run: "RunState", num_microbatches: int) -> dict[str, float]
     over the layers with experts, micro-batches and data-parallel ranks; `mtp_1_loss`, ... of each prediction layer are
     means over micro-batches, data- and context-parallel ranks. Read them once per step.
     """
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
     names = list(router_losses(run.cfg.model))
     if not names and not getattr(run.cfg.model, "mtp_num_layers", None):
         return {}
-    mine = _router_values(run, names, num_microbatches) | _prediction_values(num_microbatches)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[dict[str, float]] = [{}] * group.size()
-    dist.all_gather_object(stages, mine, group=group)
-    return {name: value for stage in stages for name, value in stage.items()}
+    return run.engine.over_stages(
+        lambda groups: _router_values(run, names, num_microbatches, groups) | _prediction_values(num_microbatches)
+    )
 
 
 def router_losses(model: Any) -> Iterator[str]:
@@ -70,7 +65,7 @@ def router_losses(model: Any) -> Iterator[str]:
         yield "z_loss"
 
 
-def _router_values(run: "RunState", names: list[str], num_microbatches: int) -> dict[str, float]:
+def _router_values(run: "RunState", names: list[str], num_microbatches: int, groups: Any) -> dict[str, float]:
     """Means over all stages; nothing where this stage has no experts, for there the reduction is not complete."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
@@ -87,6 +82,7 @@ def _router_values(run: "RunState", names: list[str], num_microbatches: int) -> 
         moe_layer_freq=model.moe_layer_freq,
         mtp_num_layers=getattr(model, "mtp_num_layers", None),
         total_loss_dict=found,
+        pg_collection=groups,
     )
     # An entry that the routers of this stage made knows their groups.
     own = {name for name, entry in tracker.metrics.items() if entry.reduce_group or entry.avg_group}

@@ -198,7 +198,8 @@ def _load(folder: Path, model: list[Any], optimizer: Any, scheduler: Any, cfg: "
     loaded = dist_checkpoint.load(folder, state, ignore=ignore)
     _fill_trained(model, loaded, cfg)
     if "optimizer" in state:
-        engine.load_optimizer_state(optimizer, loaded["optimizer"], common.get("optimizer", {}))
+        # A rank of a module that is not trained has nothing there.
+        engine.load_optimizer_state(optimizer, loaded.get("optimizer", {}), common.get("optimizer", {}))
     elif optimizer is not None:
         optimizer.reload_model_params()
     if scheduler is not None and cfg.checkpoint.load_optim:

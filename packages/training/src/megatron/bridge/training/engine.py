@@ -67,6 +67,11 @@ class Engine:
             needed=ends or getattr(cfg.dataset, "packing", False) or getattr(cfg.model, "vision", None) is not None,
         )
 
+    def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
+        """Apply a PEFT method to bare chunks, for training. Collective over the ranks that share the model."""
+        adapted: list[Any] = method(chunks, training=True)
+        return adapted
+
     def build_optimizer(self, settings: Any, model: list[Any], overrides: Any) -> Any:
         """Megatron-Core's optimizer. Collective."""
         from megatron.core.optimizer import get_megatron_optimizer
@@ -100,6 +105,20 @@ class Engine:
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(summed, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
         return summed
+
+    def over_stages(self, read: Callable[[Any], dict[str, float]]) -> dict[str, float]:
+        """What the pipeline stages of the model with the loss tell, together and on every rank. Collective.
+
+        Args:
+            read: gives a stage's own from Megatron-Core's process groups of the model (None: its parallel state).
+        """
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stages: list[dict[str, float]] = [{}] * group.size()
+        dist.all_gather_object(stages, read(None), group=group)
+        return {name: value for stage in stages for name, value in stage.items()}
 
     # --- checkpoints
 
@@ -158,6 +177,13 @@ class Engine:
     def save_hf(self, bridge: Any, model: list[Any], folder: Path, *, overwrite: bool = False) -> None:
         """Write the model as a complete Hugging Face folder. Collective."""
         bridge.save_hf_pretrained(model, folder, overwrite=overwrite)
+
+    def refuse_adapter_export(self, model: list[Any]) -> None:
+        """Refuse at the start of a run what `save_hf_adapter` would at its end. Collective."""
+
+    def save_hf_adapter(self, bridge: Any, model: list[Any], folder: Path) -> None:
+        """Write the adapter alone, as Hugging Face peft's folder. Collective."""
+        bridge.save_hf_adapter(model, folder)
 
     def stop(self) -> None:
         """Take down what the engine made; the parallel state is the caller's."""

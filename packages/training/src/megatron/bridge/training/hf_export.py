@@ -35,6 +35,8 @@ class ExportHF(Callback):
             raise BridgeError(
                 "there is no adapter to export: peft is not set, e.g. peft=lora; export the model instead"
             )
+        if self._adapter:
+            run.engine.refuse_adapter_export(run.model)
         _bridge(run.cfg)
 
     def on_train_end(self, run: "RunState", result: "TrainResult") -> None:
@@ -47,7 +49,7 @@ class ExportHF(Callback):
             best = dataclasses.replace(run.cfg.checkpoint, load=str(best_folder(run.cfg)), load_rng=False)
             load_checkpoint(run.model, None, None, dataclasses.replace(run.cfg, checkpoint=best))
         if self._adapter:
-            _base(run.cfg).save_hf_adapter(run.model, self.folder)
+            run.engine.save_hf_adapter(_base(run.cfg), run.model, self.folder)
         else:
             run.engine.save_hf(_bridge(run.cfg), run.model, self.folder)
 

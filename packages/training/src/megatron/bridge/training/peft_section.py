@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.peft import PEFT
+from megatron.bridge.training.engine import engine_of
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -43,8 +44,12 @@ def apply_peft(cfg: "ConfigContainer", chunks: "list[Any]") -> "list[Any]":
     for chunk in chunks:
         if getattr(chunk, "bridge", None) is None:
             chunk.bridge = bridge
-    bound: list[Any] = cfg.peft(chunks, training=True)
-    return bound
+    return engine_of(cfg).adapt(cfg.peft, chunks)
+
+
+def adapted_notices(cfg: "ConfigContainer") -> list[str]:
+    """What the method changed on this rank, in one line; nothing where it had nothing to change."""
+    return [str(cfg.peft.report).splitlines()[0]] if cfg.peft.was_applied else []
 
 
 def optimizer_overrides(cfg: "ConfigContainer", settings: Any) -> Any:
@@ -74,7 +79,9 @@ def trained_part(state: dict[str, Any], chunks: "Sequence[Any]", keys: Sequence[
 
     kept = {}
     for key, chunk in zip(keys, chunks, strict=True):
-        trained = {name for name, each in chunk.named_parameters() if each.requires_grad}
+        # A model that wraps its modules one by one says by what names they are saved.
+        named = getattr(chunk, "saved_parameters", chunk.named_parameters)
+        trained = {name for name, each in named() if each.requires_grad}
         kept[key] = {name: value for name, value in state[key].items() if name in trained or is_adapter_weight(name)}
     return state | kept
 

@@ -14,7 +14,7 @@ from megatron.bridge.training.determinism import deterministic
 from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.hf_export import ExportHF
 from megatron.bridge.training.hf_side import load_hf
-from megatron.bridge.training.peft_section import apply_peft, optimizer_overrides
+from megatron.bridge.training.peft_section import adapted_notices, apply_peft, optimizer_overrides
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 from megatron.bridge.training.step import finish_gradients
@@ -81,7 +81,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     if start is not None and cfg.checkpoint.load is not None:
         restore(run, start)
     elif cfg.peft is not None:
-        run.notices.append(str(cfg.peft.report).splitlines()[0])  # the weights came before the method did
+        run.notices += adapted_notices(cfg)  # the weights came before the method did
     elif start is not None:
         load_weights(model, optimizer, start.folder)
     elif cfg.checkpoint.pretrained_checkpoint is not None:

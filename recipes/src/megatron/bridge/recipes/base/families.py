@@ -22,6 +22,13 @@ FAMILIES = (
     "vision_language",
 )
 
+# Vision-language models whose halves have layouts of their own; plain functions.
+_MIMO = (
+    "llava15_7b_mimo_align_config",
+    "llava15_7b_mimo_finetune_config",
+    "qwen25_vl_7b_mimo_finetune_config",
+)
+
 
 def sizes() -> dict[str, tuple[str, Size]]:
     """Name of a size -> its family's module, and the size."""
@@ -40,3 +47,5 @@ def entry_points() -> Iterator[str]:
     for name, (family, size) in sizes().items():
         for recipe in recipes_of_size(name, size).values():
             yield f'{recipe.name} = "megatron.bridge.recipes.{family}:{recipe.name}"'
+    for name in _MIMO:
+        yield f'{name} = "megatron.bridge.recipes.mimo.vision_language:{name}"'

@@ -7,11 +7,9 @@ from megatron.bridge.recipes.base.families import sizes
 from megatron.bridge.recipes.base.modules import recipes_of_size
 from megatron.bridge.training.recipe_registry import RECIPES
 
-OURS = "megatron-bridge-recipes"
-
 
 def listed(words: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One entry per model of ours, and per recipe of another distribution (which is not loaded)."""
+    """One entry per model of ours, and per recipe that is a function of its own (which is not loaded)."""
     ours = [
         {
             "model": name,
@@ -22,10 +20,11 @@ def listed(words: Sequence[str] = ()) -> list[dict[str, Any]]:
         }
         for name, (_, size) in sizes().items()
     ]
+    tasks = {name for each in ours for name in each["recipes"]}
     others = [
         {"model": offer.name, "title": "", "parameters": "", "source": offer.origin, "recipes": [offer.name]}
         for offer in RECIPES.offers()
-        if offer.distribution != OURS
+        if offer.name not in tasks
     ]
     return [each for each in ours + others if _has_all(each, words)]
 

@@ -36,7 +36,16 @@ def shared_fields(without: Sequence[str] = (), **changes: str) -> dict[str, str]
 
 
 class DenseBridge(MegatronModelBridge):
-    """The Llama layout: RMSNorm before attention and a gated MLP; subclasses say where their family differs."""
+    """The Llama layout: RMSNorm before attention and a gated MLP; subclasses say where their family differs.
+
+    Attributes:
+        shared_fields: Megatron's field -> the field of `config.json` that has the same value.
+        names: the modules' names in the Hugging Face files.
+        normalization: `RMSNorm` or `LayerNorm`.
+        norm_kinds: what a norm has: a weight, perhaps a bias.
+        gated: whether the MLP has a gate beside its up projection.
+        activation_field: the field of `config.json` that names the activation.
+    """
 
     shared_fields: ClassVar[Mapping[str, str]] = SHARED_FIELDS
     names: ClassVar[fragments.HFNames] = fragments.LLAMA_NAMES
@@ -46,15 +55,19 @@ class DenseBridge(MegatronModelBridge):
     activation_field: ClassVar[str] = "hidden_act"
 
     def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases; no."""
         return False
 
     def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias; no."""
         return False
 
     def mlp_bias(self) -> bool:
+        """Whether the MLP's projections have biases; no."""
         return False
 
     def qk_norm(self) -> bool:
+        """Whether the queries and keys of each head are normed; no."""
         return False
 
     def windows(self) -> Sequence[int | None]:
@@ -93,6 +106,7 @@ class DenseBridge(MegatronModelBridge):
         return GPTModelProvider
 
     def provider_bridge(self) -> "GPTModelProvider":
+        """The provider that the configuration asks for."""
         return self.provider_class()(**self.provider_fields())
 
     def provider_fields(self) -> dict[str, Any]:
@@ -119,6 +133,7 @@ class DenseBridge(MegatronModelBridge):
         return {**fields, **self.differences()}
 
     def mapping_registry(self) -> WeightTable:
+        """The family's weight table."""
         config, names, differences = self.hf_config, self.names, self.differences()
         tied = bool(config.tie_word_embeddings)
         mlp = fragments.gated_mlp if self.gated else fragments.plain_mlp

@@ -135,7 +135,8 @@ def _class_defaults(model_type: str) -> tuple[dict[str, Any], dict[str, str]]:
     if spec is None or not spec.submodule_search_locations:
         raise BridgeError("transformers is not installed, and what config.json leaves out is written there")
     models = Path(spec.submodule_search_locations[0]) / "models"
-    for folder in (model_type, model_type.removesuffix("_text"), model_type.removesuffix("_vision_model")):
+    words = model_type.split("_")  # of `emu3_text_model` the class stands beside that of `emu3`
+    for folder in ("_".join(words[:count]) for count in range(len(words), 0, -1)):
         source = models / folder / f"configuration_{folder}.py"
         if source.is_file():
             for node in ast.parse(source.read_text("utf-8")).body:

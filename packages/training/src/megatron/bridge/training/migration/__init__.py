@@ -1,0 +1,1 @@
+"""From Megatron-LM's command line to a configuration of ours. Torch-free."""

@@ -1,0 +1,1 @@
+"""Runs of Megatron Bridge, started by NeMo-Run."""
