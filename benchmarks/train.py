@@ -209,7 +209,7 @@ def bridge_loop(shape: Shape, turns: Turns) -> None:
         tokenizer=c.TokenizerConfig(vocab_size=shape.vocabulary),
         train=c.TrainingConfig(train_iters=1000, global_batch_size=batch, micro_batch_size=shape.batch),
         optimizer=c.OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, clip_grad=1.0),
-        mixed_precision="bf16_mixed" if shape.dtype == "bfloat16" else None,
+        mixed_precision="bf16_mixed" if shape.dtype == "bfloat16" else "fp32",
         logger=c.LoggerConfig(progress=False, folder=tempfile.mkdtemp()),
     )
     run = setup(cfg, [InTurns()])

@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from mimo_parity.cases import QUICK, WIDE, Case
 from mimo_parity.measured import measured
+from mimo_parity.reference import load
+from mimo_parity.reference import saved as as_saved
 from mimo_parity.run import Trained, failing_step, run_of, train_case, trained
 from mimo_parity.subjects import llava_config, mixtral_config
 
+from megatron.bridge.mimo import ModuleOptimizerConfig
 from megatron.bridge.testing import RankFailed, run_ranks, save_random_model
+from megatron.bridge.training.callbacks import Callback
 
 PAGE = Path(__file__).parents[1] / "docs/mimo-parity.md"
 
@@ -74,10 +80,14 @@ def test_a_run_goes_on_bitwise_and_at_any_other_placement(tmp_path: Path) -> Non
     again = str(tmp_path / "again")
 
     def elsewhere() -> tuple[Trained, Trained]:
-        there = train_case(ELSEWHERE, tmp_path / "hf", load=saved)
+        there = train_case(ELSEWHERE, tmp_path / "hf", load=saved, hf_save_path=str(tmp_path / "exported"))
         return there, train_case(ELSEWHERE, tmp_path / "hf", load=saved, stop=3, save=again)
 
     there, stopped = run_ranks(3, elsewhere, timeout=300)[0]
+    model = load(tmp_path / "exported")
+    exported = as_saved(model, {name: each.detach() for name, each in model.named_parameters()})
+    assert exported.keys() == there.weights.keys()
+    assert all(there.weights[name].equal(each) for name, each in exported.items())
     alone = run_ranks(1, lambda: train_case(ALONE, tmp_path / "hf", load=again), timeout=300)[0]
     for losses, weights in ((there.losses, there.weights), (stopped.losses | alone.losses, alone.weights)):
         assert losses.keys() == resumed.losses.keys()
@@ -85,6 +95,42 @@ def test_a_run_goes_on_bitwise_and_at_any_other_placement(tmp_path: Path) -> Non
         assert weights.keys() == whole.weights.keys()
         for name, each in whole.weights.items():
             assert (weights[name] - each).abs().max() < 1e-5, name
+
+
+def test_rates_of_modules_go_the_way_of_the_runs(tmp_path: Path) -> None:
+    save_random_model(llava_config(), tmp_path / "hf")
+    own = ModuleOptimizerConfig(lr=4e-3, min_lr=2e-5, weight_decay=0.3)
+
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[set[tuple[float, float]]] = []
+
+        def on_step_end(self, run: Any, result: Any) -> None:
+            # What the next step will use.
+            self.seen.append({(group["lr"], group["weight_decay"]) for group in run.optimizer.param_groups})
+
+    def work() -> list[set[tuple[float, float]]]:
+        cfg, rates = run_of(Case("", "homogeneous", (1, 1, 1), (1, 1, 1)), tmp_path / "hf"), Rates()
+        cfg.model.optimizers = {"images.projector": own}
+        cfg.scheduler.lr_decay_style, cfg.scheduler.lr_warmup_iters = "cosine", 0
+        trained(cfg, [rates])
+        return rates.seen
+
+    def cosine(highest: float, lowest: float) -> list[float]:
+        """torch's, over the run's four steps."""
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=highest)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4, eta_min=lowest)
+        found = []
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    seen = run_ranks(1, work, timeout=200)[0]
+    for found, run_rate, own_rate in zip(seen, cosine(1e-3, 1e-4), cosine(4e-3, 2e-5), strict=True):
+        wanted = [(run_rate, 0.0), (run_rate, 0.01), (own_rate, 0.0), (own_rate, 0.3)]
+        assert sorted(found) == [pytest.approx(each) for each in sorted(wanted)]
 
 
 @pytest.mark.timeout(600)

@@ -1,18 +1,24 @@
 """Adapters on the language model of a MIMO model learn as Hugging Face peft's do, wherever the modules stand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 from mimo_parity.cases import Case
+from mimo_parity.placed import provider_of
 from mimo_parity.reference import batch, load, saved, train
+from mimo_parity.reference import logits as logits_of
 from mimo_parity.run import run_of, weights_of
-from mimo_parity.subjects import llava_config
+from mimo_parity.subjects import SUBJECTS, llava_config
 from safetensors.torch import load_file
 
 from megatron.bridge.conversion.dist_checkpoint import tensor_index
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.mimo.adapters import save_hf_adapter
+from megatron.bridge.mimo.predict import logits
 from megatron.bridge.peft import LoRA
 from megatron.bridge.peft.canonical_lora import CanonicalLoRA
 from megatron.bridge.testing import run_ranks, save_random_model
@@ -92,6 +98,34 @@ def test_adapters_learn_as_peft_teaches_them(tmp_path: Path) -> None:
             if not trained:
                 expect_equal(load_file(tmp_path / name / "adapter_model.safetensors"), adapters)
     assert losses[0] != losses[-1]
+
+
+@pytest.mark.parametrize("subject", ["experts", "Qwen2.5-VL"])
+def test_adapters_of_other_models_compute_in_peft_what_they_compute_here(subject: str, tmp_path: Path) -> None:
+    save_random_model(SUBJECTS[subject].config(), tmp_path / "hf")
+    asked = batch(subject, 0, 4, uneven=True)
+
+    def work() -> torch.Tensor:
+        provider = provider_of(replace(ONE, subject=subject), tmp_path / "hf")
+        method = CanonicalLoRA(dim=4, alpha=8, target_modules=["linear_qkv", "linear_proj"])
+
+        def adapt(chunks: list[Any]) -> None:
+            chunks[0].bridge = provider.bridge
+            provider.engine.adapt(method, chunks)
+
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False, pre_wrap_hook=adapt)
+        for name, each in model.saved_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(each, std=0.1)
+        save_hf_adapter(provider.bridge, model, tmp_path / "adapter")
+        return logits(provider.engine.runtime, [asked])[0]
+
+    found = run_ranks(1, work, timeout=200)[0]
+    base = load(tmp_path / "hf")
+    before = logits_of(base, asked)
+    expected = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), asked)
+    assert (expected - before).abs().max() > 1e-2
+    assert (found - expected).abs().max() < 1e-4
 
 
 @pytest.mark.timeout(600)

@@ -156,6 +156,7 @@ WIDE = (
         subject="bf16",
     ),
     Case("1 + DP2 EP2, mixture of experts", "heterogeneous", _ONE, _DP2, True, subject="experts", experts=2),
+    Case("DP2 + PP2, Qwen2-VL", "heterogeneous", _DP2, _PP2, True, subject="Qwen2-VL"),
     Case("DP2 + 1, settings by module", "heterogeneous", _DP2, _ONE, True, ("rates",)),
     Case("DP2 + TP2 SP, Qwen2.5-VL", "heterogeneous", _DP2, _TP2, True, ("sequence_parallel",), subject="Qwen2.5-VL"),
 )

@@ -1,5 +1,6 @@
 """The same model in the training package's own loop: its configuration, and random samples with images as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,14 @@ def train_case(case: Case, folder: Path, *, stop: int | None = None, **checkpoin
     return trained(cfg)
 
 
-def trained(cfg: Any) -> Trained:
+def trained(cfg: Any, callbacks: Sequence[Any] = ()) -> Trained:
     """Run a configuration to its end; called on every rank of its world."""
     from megatron.bridge.mimo.mimo_step import forward_step
     from megatron.bridge.training.setup import distributed, setup
     from megatron.bridge.training.train import train
 
     with distributed(cfg):
-        run = setup(cfg)
+        run = setup(cfg, callbacks)
         result = train(run, forward_step)
         return Trained(result.losses, result.valid_loss, weights_of(cfg, run.model), parted(run.model[0]))
 

@@ -28,6 +28,10 @@ _QWEN_TOWER = {
     **{"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "window_size": 16},
     **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "fullatt_block_indexes": [1]},
 }
+_OLDER_TOWER = {
+    **{"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4},
+    **{"spatial_merge_size": 2, "temporal_patch_size": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,12 @@ def mixtral_config(balancing: float = 0.0) -> Any:
     return llava_config(text=_MIXTRAL | {"router_aux_loss_coef": balancing})
 
 
-def _qwen_config() -> Any:
-    from transformers import Qwen2_5_VLConfig
+def _qwen_config(version: str = "2_5", tower: dict[str, Any] | None = None) -> Any:
+    import transformers
 
-    config = Qwen2_5_VLConfig(
+    config = getattr(transformers, f"Qwen{version}_VLConfig".replace("2_VL", "2VL"))(
         text_config=_QWEN,
-        vision_config=_QWEN_TOWER,
+        vision_config=_QWEN_TOWER if tower is None else tower,
         image_token_id=IMAGE_TOKEN,
         video_token_id=101,
         vision_start_token_id=102,
@@ -78,7 +82,7 @@ def _qwen_config() -> Any:
         tie_word_embeddings=False,
         dtype="float32",
     )
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    config.architectures = [type(config).__name__.replace("Config", "ForConditionalGeneration")]
     return config
 
 
@@ -102,5 +106,6 @@ SUBJECTS = {
     "tied": Subject(lambda: llava_config(tied=True), _pictures),
     "bf16": Subject(lambda: llava_config(dtype="bfloat16"), _pictures),
     "experts": Subject(mixtral_config, _pictures),
+    "Qwen2-VL": Subject(lambda: _qwen_config("2", _OLDER_TOWER), _grids),
     "Qwen2.5-VL": Subject(_qwen_config, _grids),
 }

@@ -81,7 +81,8 @@ def save_export(
     quantization: str | None = None,
 ) -> Path:
     """`save_hf_folder` of what an export gives. Collective over the world."""
-    encoder = encoder_of(quantization, exporter.plan, f"export to {path}")
+    # Not every export has one plan, and full precision needs none.
+    encoder = encoder_of(quantization, () if quantization is None else exporter.plan, f"export to {path}")
     dtypes = exporter.dtypes
     tensors = {name: (shape, dtypes[name]) for name, shape in exporter.hf_shapes.items()}
     written = encoder.specs(tensors)

@@ -115,8 +115,8 @@ class BridgeMimoModel(MimoModel):
 
     @property
     def ddp_config(self) -> Any:
-        """Settings of Megatron-Core's DDP, which wraps every module by itself; None before that."""
-        return next((getattr(each, "ddp_config", None) for each in self.parts().values()), None)
+        """Settings of Megatron-Core's DDP, which wraps every module by itself; no such attribute before that."""
+        return next(iter(self.parts().values())).ddp_config
 
     @property
     def buffers_of_gradients(self) -> list[Any]:

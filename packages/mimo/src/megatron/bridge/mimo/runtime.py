@@ -44,7 +44,7 @@ class MimoRuntime:
         self.modules = model.module_groups
         config = model.config
         config.finalize_model_grads_func = self.finish_gradients
-        if model.ddp_config is not None and model.ddp_config.overlap_grad_reduce:
+        if hasattr(model, "ddp_config") and model.ddp_config.overlap_grad_reduce:
             config.no_sync_func = model.no_sync
         self._pipeline = self._communicator() if placement.mode == "heterogeneous" else None
 

@@ -1,7 +1,8 @@
 """How long a step takes: products at a share of the peak, the rest at a share of the memory's speed, and what waits.
 
 The shares are ours: chosen so that the step times that NVIDIA published (`integration_tests/test_planner_published.py`)
-come out with the least median error. They hold for well-tuned kernels; a run may be slower.
+come out with the least median error, which the same tests hold to rows that took no part. They hold for well-tuned
+kernels; a run may be slower.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from megatron.bridge.training.planner.shape import ModelShape
 PRODUCTS, PRODUCTS_8_BIT, ATTENTION = 0.65, 0.45, 0.40
 # Rows at which an expert's products reach half of that: no published time says, so this is a guess.
 EXPERT_ROWS = 256
+# Seconds that a token takes in a layer of experts beside products and exchange: routing, sorting, many small kernels.
+EXPERT_TOKEN = 1.6e-6
 # How often each kept byte is read or written beside the products, forwards and backwards; share of the memory's speed.
 TOUCHED, MEMORY = 6.0, 0.75
 # Shares of communication that nothing hides.
@@ -106,7 +109,8 @@ def _pass_seconds(shape: ModelShape, layout: Layout, device: Accelerator, size: 
     seconds += scores / 2 / (ATTENTION * device.bf16_tflops * 1e12)
     kept, kinds = Kept(shape, size), stage_layers(shape, 0)
     layers = sum(kept.layer(experts=kind) for kind in set(kinds)) / len(set(kinds)) * len(kinds)
-    return seconds + tokens * layers * TOUCHED / (MEMORY * device.memory_gbps * 1e9)
+    seconds += tokens * layers * TOUCHED / (MEMORY * device.memory_gbps * 1e9)
+    return seconds + tokens / layout.tensor * sum(kinds) * EXPERT_TOKEN
 
 
 def _lost_on_few_rows(shape: ModelShape, layout: Layout, tokens: float) -> float:
