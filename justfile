@@ -34,6 +34,10 @@ zoo *args:
 parity *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m parity {{args}}
 
+# Measure MIMO placements of the digits side by side, and put the report into docs/mimo.md.
+mimo-experiments *args:
+    PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python integration_tests/mimo_experiments.py {{args}}
+
 # Train a vision-language model at every MIMO placement beside transformers (docs/mimo-parity.md).
 mimo-parity:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m mimo_parity

@@ -171,3 +171,18 @@ def test_the_command_refuses_what_it_cannot_answer(tmp_path: Path) -> None:
         told = CliRunner().invoke(cli, [*words, "--gpus", "8xH100", *more])
         assert told.exit_code == 1, told.output
         assert message in told.output
+
+
+def test_a_recipe_is_planned_by_its_provider_and_what_has_unknown_sizes_is_refused() -> None:
+    from megatron.bridge.mimo.mimo_recipe import mimo_config
+    from megatron.bridge.mimo.planner.asking import _of_encoder
+
+    recipe = "megatron.bridge.recipes.mimo.digits:digits_vlm_config"
+    told = CliRunner().invoke(cli, ["mimo", "plan", "--recipe", recipe, "--gpus", "2xH100", "--mode", "colocated"])
+    assert told.exit_code == 0, told.output
+    assert "colocated: step " in told.output
+    (tower,) = mimo_config(recipe).model.encoders.values()
+    with pytest.raises(BridgeError, match="'images': the projector 'resampler' changes how many features"):
+        _of_encoder("images", dataclasses.replace(tower, projector="resampler"), 64, 1.0)
+    with pytest.raises(BridgeError, match="'images': a object says nothing of its sizes"):
+        _of_encoder("images", object(), 64, 1.0)

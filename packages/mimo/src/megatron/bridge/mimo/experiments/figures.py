@@ -4,6 +4,7 @@ An exchange can begin when the last of its ranks has joined. Until then the othe
 on it is communication. Both are told apart when the run is over, from the times at which each rank joined.
 """
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ WAITING, EXCHANGE, OPTIMIZER = "waiting", "exchange", "optimizer"
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """One rank's watched steps; seconds are per step.
+    """One rank's watched steps, the faster half of them: what else runs on a machine disturbs the others. Per step.
 
     Attributes:
         modules: that stand on it.
@@ -79,6 +80,11 @@ class RunFigures:
     def seconds(self) -> float:
         """Of a step that nothing disturbed: the median, on the slowest rank."""
         return max(statistics.median(log.seconds) for log in self._logs)
+
+    @property
+    def fastest_seconds(self) -> float:
+        """Of the fastest such step, on the slowest rank: far from the median where others use the machine."""
+        return max(min(log.seconds) for log in self._logs)
 
     @property
     def samples_per_second(self) -> float:
@@ -148,11 +154,13 @@ class RunFigures:
         return [self._rank(log) for log in self._logs] if self.watched else []
 
     def timelines(self) -> list[list[Bar]]:
-        """The last watched step of each rank. It begins when the first rank of its machine begins it."""
+        """Of each rank the watched step of median length. It begins when the first rank of its machine begins it."""
+        lengths = _lengths(self._logs[0])
+        step = max(self._chosen, key=lambda each: lengths[each])
         begins: dict[str, float] = {}
         for log in self._logs:
-            begins[log.host] = min(log.watched[-2], begins.get(log.host, log.watched[-2]))
-        return [[*self._bars(log, begins[log.host])] for log in self._logs]
+            begins[log.host] = min(log.watched[step], begins.get(log.host, log.watched[step]))
+        return [[*self._bars(log, step, begins[log.host])] for log in self._logs]
 
     @cached_property
     def _joined(self) -> Mapping[Key, float]:
@@ -175,31 +183,40 @@ class RunFigures:
             if end > there:
                 yield EXCHANGE, (there, end)
 
+    @cached_property
+    def _chosen(self) -> list[int]:
+        """The watched steps that are no longer than the median one, on the rank where they took longest."""
+        lengths = [max(steps) for steps in zip(*(_lengths(log) for log in self._logs), strict=True)]
+        return [step for step, length in enumerate(lengths) if length <= statistics.median_low(lengths)]
+
     def _rank(self, log: RankLog) -> RankFigures:
-        steps = len(log.watched) - 1
-        held = [interval for each in log.exchanges for interval in each.held]
+        steps = len(self._chosen)
+        windows = [log.watched[step : step + 2] for step in self._chosen]
+        spans = [each for each in log.spans if _within(each.begin, windows)]
+        exchanges = [each for each in log.exchanges if _within(each.begun, windows)]
+        held = [interval for each in exchanges for interval in each.held]
         computing: defaultdict[str, defaultdict[str | None, float]] = defaultdict(lambda: defaultdict(float))
-        for span in log.spans:
+        for span in spans:
             computing[span.what][span.module] += (span.end - span.begin - _overlap(span, held)) / steps
         spent: defaultdict[str, float] = defaultdict(float)
-        for each in log.exchanges:
+        for each in exchanges:
             for what, (begin, end) in self._held(each):
                 spent[what] += (end - begin) / steps
         return RankFigures(
             modules=log.modules,
-            seconds=(log.watched[-1] - log.watched[0]) / steps,
+            seconds=sum(end - begin for begin, end in windows) / steps,
             forward={str(name): seconds for name, seconds in computing[FORWARD].items()},
             backward={str(name): seconds for name, seconds in computing[BACKWARD].items()},
             optimizer=computing[OPTIMIZER][None],
             waiting=spent[WAITING],
             exchange=spent[EXCHANGE],
-            exchange_bytes=sum(each.nbytes for each in log.exchanges) / steps,
-            exchanges=len(log.exchanges) / steps,
+            exchange_bytes=sum(each.nbytes for each in exchanges) / steps,
+            exchanges=len(exchanges) / steps,
             memory_bytes=log.memory_bytes,
         )
 
-    def _bars(self, log: RankLog, origin: float) -> Iterator[Bar]:
-        start, stop = log.watched[-2:]
+    def _bars(self, log: RankLog, step: int, origin: float) -> Iterator[Bar]:
+        start, stop = log.watched[step : step + 2]
         for span in log.spans:
             if span.what in (FORWARD, BACKWARD, OPTIMIZER) and start <= span.begin < stop:
                 yield Bar(span.what, span.module, span.begin - origin, span.end - origin)
@@ -207,6 +224,15 @@ class RunFigures:
             for what, (begin, end) in self._held(exchange):
                 if start <= begin < stop:
                     yield Bar(what, None, begin - origin, end - origin)
+
+
+def _lengths(log: RankLog) -> list[float]:
+    """Seconds of each watched step."""
+    return [end - begin for begin, end in itertools.pairwise(log.watched)]
+
+
+def _within(time: float, windows: Sequence[Sequence[float]]) -> bool:
+    return any(begin <= time < end for begin, end in windows)
 
 
 def _overlap(span: Span, intervals: Sequence[Interval]) -> float:

@@ -9,6 +9,7 @@ from megatron.bridge.mimo.experiments.running import Outcome
 
 # In inches: a rank's line, and what is around all of them.
 _LINE, _AROUND, _WIDTH = 0.32, 1.1, 10.0
+_FINEST = 500  # parts of a timeline that can be told apart
 _GREY = {WAITING: "#eeeeee", EXCHANGE: "#9a9a9a", OPTIMIZER: "#555555", "other": "#ffffff"}
 # Of each module: forwards, backwards.
 _PAIRS = (("#8fb8de", "#2f6fae"), ("#f2b48a", "#c8601f"), ("#a9d3a0", "#3f8a37"), ("#cfb3dd", "#7d4a99"))
@@ -46,6 +47,7 @@ def _spent(axis: Any, rows: _Rows) -> None:
         axis.barh(places, shares, left=ends, color=colour, label=label, edgecolor="#777777", linewidth=0.3)
         ends = [end + share for end, share in zip(ends, shares, strict=True)]
     axis.set_yticks(places, [f"{name}, rank {rank}" for name, _, rank in rows])
+    _divide(axis, rows)
     axis.set(title="where a rank's step goes", xlim=(0, 1))
     axis.xaxis.set_major_formatter("{x:.0%}")
     _quiet(axis)
@@ -69,11 +71,13 @@ def _timeline(runs: Sequence[tuple[str, RunFigures]]) -> Any:
     colours, figure = _colours(rows), _figure(len(rows))
     axis = figure.subplots()
     lines = [found.timelines()[rank] for _, found, rank in rows]
+    longest = max(bar.end for bars in lines for bar in bars)
     for place, bars in enumerate(lines):
-        for bar in sorted(bars, key=lambda each: each.what in (WAITING, EXCHANGE)):
-            axis.broken_barh([(bar.begin, bar.end - bar.begin)], (place - 0.38, 0.76), color=_colour(bar, colours))
+        for (what, module), spans in _merged(bars, longest / _FINEST).items():
+            axis.broken_barh(spans, (place - 0.38, 0.76), color=_colour(what, module, colours))
+    _divide(axis, rows)
     axis.set_yticks(range(len(rows)), [f"{name}, rank {rank}" for name, _, rank in rows])
-    axis.set(title="one step of every rank", xlabel="seconds", xlim=(0, max(b.end for bars in lines for b in bars)))
+    axis.set(title="one step of every rank", xlabel="seconds", xlim=(0, longest))
     _quiet(axis)
     _legend(figure, colours)
     return figure
@@ -90,8 +94,27 @@ def _legend(figure: Any, colours: dict[str, tuple[str, str]]) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
-def _colour(bar: Bar, colours: dict[str, tuple[str, str]]) -> str:
-    return _GREY[bar.what] if bar.module is None else colours[bar.module][bar.what == BACKWARD]
+def _merged(bars: Sequence[Bar], gap: float) -> dict[tuple[str, str | None], list[tuple[float, float]]]:
+    """Begin and length of what is drawn alike, nearer ones than `gap` as one; what covers passes comes after them."""
+    found: dict[tuple[str, str | None], list[tuple[float, float]]] = {}
+    for bar in sorted(bars, key=lambda each: (each.what in (WAITING, EXCHANGE), each.begin)):
+        spans = found.setdefault((bar.what, bar.module), [])
+        if spans and bar.begin - sum(spans[-1]) < gap:
+            spans[-1] = (spans[-1][0], bar.end - spans[-1][0])
+        else:
+            spans.append((bar.begin, bar.end - bar.begin))
+    return found
+
+
+def _divide(axis: Any, rows: _Rows) -> None:
+    """A line between runs."""
+    for place, (_, _, rank) in enumerate(rows):
+        if place and rank == 0:
+            axis.axhline(place - 0.5, color="#bbbbbb", linewidth=0.6)
+
+
+def _colour(what: str, module: str | None, colours: dict[str, tuple[str, str]]) -> str:
+    return _GREY[what] if module is None else colours[module][what == BACKWARD]
 
 
 def _colours(rows: _Rows) -> dict[str, tuple[str, str]]:

@@ -30,18 +30,18 @@ def cells(outcome: Outcome) -> dict[str, str]:
         "mode": experiment.mode,
         "modules": written(experiment.placement),
         "ranks": str(experiment.ranks),
-        "micro-batches": str(experiment.num_microbatches),
+        "batches": str(experiment.num_microbatches),
     }
     if found is None:
-        return line | {"step ms": "failed"}
+        return line | {"step ms (fastest)": "failed"}
     line |= {
-        "step ms": f"{1e3 * found.seconds:.1f}",
+        "step ms (fastest)": f"{1e3 * found.seconds:.0f} ({1e3 * found.fastest_seconds:.0f})",
         "samples/s": f"{found.samples_per_second:,.0f}",
         "tokens/s": f"{found.tokens_per_second:,.0f}",
         "peak MiB": f"{found.memory_bytes / 2**20:,.0f}",
     }
     done = found.flops_per_second_and_rank
-    line["GFLOP/s per rank"] = "" if done is None else f"{done / 1e9:,.1f}"
+    line["GFLOP/s/rank"] = "" if done is None else f"{done / 1e9:,.1f}"
     if found.mfu is not None:
         line["MFU"] = f"{found.mfu:.1%}"
     return line | (_watched_cells(found) if found.watched else {})
@@ -131,7 +131,15 @@ def _as_data(outcome: Outcome) -> dict[str, Any]:
     }
     if found is None:
         return data
-    names = ("seconds", "samples", "tokens", "samples_per_second", "tokens_per_second", "memory_bytes")
+    names = (
+        "seconds",
+        "fastest_seconds",
+        "samples",
+        "tokens",
+        "samples_per_second",
+        "tokens_per_second",
+        "memory_bytes",
+    )
     data |= {name: getattr(found, name) for name in (*names, "flops_per_second_and_rank", "mfu")}
     if found.watched:
         data["modules"] = {

@@ -103,6 +103,11 @@ def _of_encoder(name: str, encoder: Any, hidden_size: int, items: float) -> Enco
     values = getattr(encoder, "hf_config", None)
     if values is None:
         raise BridgeError(f"{name!r}: a {type(encoder).__name__} says nothing of its sizes; name it by --encoder")
+    if encoder.projector != "mlp":
+        raise BridgeError(
+            f"{name!r}: the projector {encoder.projector!r} changes how many features there are, which is not planned "
+            "for; plan it with 'mlp', or name the modules by --llm and --encoder"
+        )
     tower, patch_weights = tower_shape(values, repr(name))
     return EncoderShape(
         tower=tower, patch_weights=patch_weights, hidden_size=hidden_size, items=items, frozen=encoder.frozen
