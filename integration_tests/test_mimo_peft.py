@@ -15,6 +15,7 @@ from mimo_parity.run import run_of, weights_of
 from mimo_parity.subjects import SUBJECTS, llava_config
 from safetensors.torch import load_file
 
+from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.dist_checkpoint import tensor_index
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.adapters import save_hf_adapter
@@ -126,6 +127,17 @@ def test_adapters_of_other_models_compute_in_peft_what_they_compute_here(subject
     expected = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), asked)
     assert (expected - before).abs().max() > 1e-2
     assert (found - expected).abs().max() < 1e-4
+
+    def back() -> None:
+        bridge = AutoBridge.from_hf_pretrained(tmp_path / "hf")
+        model = bridge.to_megatron_model()
+        bridge.load_hf_adapter(model, tmp_path / "adapter")
+        bridge.save_hf_adapter(model, tmp_path / "again")
+
+    run_ranks(1, back, timeout=200)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert one.keys() == other.keys()
+    assert all(other[name].equal(each) for name, each in one.items())
 
 
 @pytest.mark.timeout(600)

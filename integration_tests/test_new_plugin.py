@@ -13,7 +13,7 @@ from new_family import write
 from small_models import REPOSITORY
 
 from megatron.bridge.cli.new.kinds import TEMPLATES
-from megatron.bridge.cli.new.naming import names_of
+from megatron.bridge.cli.new.naming import Names, names_of
 from megatron.bridge.cli.new.writing import write_plugin
 from megatron.bridge.cli.root import run
 from megatron.bridge.errors import BridgeError
@@ -82,7 +82,7 @@ def test_they_are_found_under_their_names(installed: Path, tmp_path: Path, cli: 
 @pytest.mark.parametrize("name", ["a1", "acme-norms", "zy-" + "x" * 21, "ab-cd-ef-gh-ij-kl-mn-op"])
 def test_they_are_in_the_order_of_this_repository(name: str, tmp_path: Path) -> None:
     for kind in OURS:
-        write_plugin(TEMPLATES[kind], names_of(name), tmp_path / kind)
+        write_plugin(TEMPLATES[kind], Names(name), tmp_path / kind)
     ruff = [sys.executable, "-m", "ruff"]
     config = ["--no-cache", f"--config={REPOSITORY / 'pyproject.toml'}"]
     # What tests need not, which the configuration says of folders in this repository.

@@ -63,21 +63,22 @@ class HoldsAdapters(Protocol):
 
 
 class ModuleTable:
-    """A weight table read by modules: which Hugging Face modules a Megatron layer holds.
+    """A weight table read by modules: which Hugging Face modules a Megatron layer holds, by transformers' own names.
 
     Args:
         table: of the family.
+        peft: how peft names the modules of this model.
     """
 
-    def __init__(self, table: WeightTable) -> None:
-        self._table = table
+    def __init__(self, table: WeightTable, peft: PeftNames) -> None:
+        self._table, self._peft = table, peft
 
     def modules(self, megatron: str) -> tuple[str, ...]:
         """The Hugging Face modules of a weight by its canonical Megatron name; empty where no rule is for it."""
         met = self._table.resolve(megatron)
         if met is not None:
             rule, indices = met
-            return tuple(_module(base_name(name)) for name in rule.hf_for(indices))
+            return tuple(_module(base_name(name)) for name in self._inside(rule).hf_for(indices))
         return tuple(_module(tie.name) for tie in self._ties(megatron))
 
     def _ties(self, megatron: str) -> Sequence[Tied]:
@@ -87,12 +88,15 @@ class ModuleTable:
         """The rule of a layer's weight; a tied output layer goes by the one of the embedding."""
         met = self._table.resolve(megatron)
         if met is not None:
-            return met[0]
+            return self._inside(met[0])
         for tie in self._ties(megatron):
             for rule in self._table.rules:
                 if rule.hf_names == (tie.to,):
                     return WeightRule(megatron, tie.name, rule.transform, rule.shard)
         return None
+
+    def _inside(self, rule: WeightRule) -> WeightRule:
+        return self._peft.inside(rule, self._table.spellings) if self._table.spellings else rule
 
 
 def _module(name: str) -> str:
@@ -102,7 +106,7 @@ def _module(name: str) -> str:
 def table_of(chunk: Any) -> ModuleTable | None:
     """The modules' table of a chunk that was built by a provider of an `AutoBridge`, else None."""
     bridge = getattr(chunk, "bridge", None)
-    return None if bridge is None else ModuleTable(bridge.weight_table())
+    return None if bridge is None else ModuleTable(bridge.weight_table(), PeftNames(bridge.hf_config))
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,7 @@ class AdapterTable:
         peft: "PeftNames",
         layout: Layout,
     ) -> None:
-        self._modules, self._name, self._peft = ModuleTable(table), name, peft
-        self._spellings = table.spellings
+        self._modules, self._name, self._peft = ModuleTable(table, peft), name, peft
         self.layers = [each for each in adapted(chunks, layout) if name in each.layer.adapters]
         # Experts whose two layers both have adapters are named in another way than those of which one has.
         bases = {rule.megatron: rule for rule in map(self._rule, self.layers)}
@@ -228,7 +231,7 @@ class AdapterTable:
             raise BridgeError(
                 f"the adapter on {each.name} cannot be named for Hugging Face: the weight table has no rule for it"
             )
-        return self._peft.inside(rule, self._spellings)
+        return rule
 
     def _rules(self, each: Adapted, bases: Iterable[WeightRule]) -> Iterator[WeightRule]:
         base, adapter = self._rule(each), each.layer.adapters[self._name]

@@ -81,10 +81,15 @@ class PeftNames:
         return replace(rule, hf=tuple(self._inside(name, beginnings) for name in rule.hf_names))
 
     def _inside(self, weight: str, beginnings: Iterable[tuple[str, str]]) -> str:
-        known = self.modules | self.parameters
         spelled = (other + weight.removeprefix(own) for own, other in beginnings if weight.startswith(own))
-        heads = ((name, name.removesuffix(_WEIGHT).partition("{")[0]) for name in spelled)
-        return next((name for name, head in heads if any(each.startswith(head) for each in known)), weight)
+        heads = ((name, name.removesuffix(_WEIGHT).partition("{")[0].removesuffix(".")) for name in spelled)
+        return next((name for name, head in heads if head in self._places), weight)
+
+    @cached_property
+    def _places(self) -> frozenset[str]:
+        """Every module and parameter, and all that they are inside of."""
+        parts = (name.split(".") for name in self.modules | self.parameters)
+        return frozenset(".".join(each[: count + 1]) for each in parts for count in range(len(each)))
 
     def stacked(self, rule: WeightRule) -> str | None:
         """The pattern of the parameter that holds the experts of this rule's weight, None where none does."""
