@@ -16,7 +16,7 @@ from megatron.bridge.training.launching.kubernetes_manifest import job_name
 from megatron.bridge.training.recipe_registry import RECIPES
 
 RECIPE = "kubernetes_test_recipe"
-WHOLE = ["--launch", "image=registry/bridge:1", "--launch", "claims={work: /work}", "--run-folder", "/work/runs/one"]
+WHOLE = ["--launch", "image=registry/bridge:1", "--launch", "claims={runs: /data}", "--run-folder", "/data/runs/one"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_a_dry_run_prints_the_manifest() -> None:
     assert container["envFrom"] == [{"secretRef": {"name": "wandb"}}]
     volumes = {volume["name"]: volume for volume in job["spec"]["template"]["spec"]["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-    assert mounts["/work"]["persistentVolumeClaim"] == {"claimName": "work"}
+    assert mounts["/data"]["persistentVolumeClaim"] == {"claimName": "runs"}
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
 
 

@@ -186,7 +186,7 @@ def test_a_job_stops_before_its_time_limit_and_goes_on_when_it_is_queued_again(
 def test_what_the_script_says(slurm: FakeSlurm, recipe: Callable[[], Any]) -> None:
     settings = (
         "partition=batch", "account=me", "cpus_per_task=4", "container_image=/images/it's.sqsh", "requeue=false",
-        "container_mounts=[/data:/data, /work]", "env={NCCL_DEBUG: INFO, A: 'b c'}", "setup=[module load cuda]",
+        "container_mounts=[/data:/data, /models]", "env={NCCL_DEBUG: INFO, A: 'b c'}", "setup=[module load cuda]",
         "sbatch=[--qos=high]", "srun=[--mpi=none]", "signal_before=300", "time=1-12",
     )  # fmt: skip
     words = [word for setting in settings for word in ("--launch", setting)]
@@ -209,7 +209,7 @@ def test_what_the_script_says(slurm: FakeSlurm, recipe: Callable[[], Any]) -> No
     words = shlex.split(started)
     assert words[:5] == [
         "srun", "--kill-on-bad-exit=1", "--container-image=/images/it's.sqsh",
-        f"--container-workdir={slurm.folder}", "--container-mounts=/data:/data,/work",
+        f"--container-workdir={slurm.folder}", "--container-mounts=/data:/data,/models",
     ]  # fmt: skip
     assert words[5:9] == ["--mpi=none", "python", "-m", "megatron.bridge.cli"]
     assert words[9:15] == ["train", "--recipe", RECIPE, "--run-folder", "a run", "--resume"]
