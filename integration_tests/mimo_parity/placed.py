@@ -34,9 +34,6 @@ def train_placed(
     case: Case, folder: Path, reference: Outcome, *, steps: int, microbatches: int, samples: int
 ) -> Distance:
     """Train at `case` and compare. Called on every rank of its world."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-
     from megatron.bridge.mimo.conversion import export_hf_weights
     from megatron.bridge.mimo.predict import logits
     from megatron.bridge.mimo.slices import loading_place
@@ -44,21 +41,9 @@ def train_placed(
 
     provider = provider_of(case, folder)
     encoder = provider.encoders["images"]
-    sharded, bf16 = "distributed" in case.settings, case.subject == "bf16"
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=sharded, overlap_grad_reduce="overlap" in case.settings, grad_reduce_in_fp32=bf16
-    )
-    (model,) = provider.provide_distributed_model(ddp_config=ddp)
+    (model,) = provider.provide_distributed_model(ddp_config=_ddp(case))
     runtime = provider.engine.runtime
-    settings = OptimizerConfig(
-        **{"optimizer": "adam", "lr": LR, "weight_decay": DECAY, "clip_grad": CLIP, "adam_eps": EPS, "min_lr": 0.0},
-        **{"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "use_distributed_optimizer": sharded},
-        **{"bf16": bf16, "params_dtype": provider.params_dtype},
-    )
-    optimizer = provider.engine.build_optimizer(settings, [model], None)
-    model.config.grad_scale_func = optimizer.scale_loss
-    for group in optimizer.param_groups:  # as Megatron-Core's schedule does
-        group["lr"], group["weight_decay"] = group["max_lr"], group.get("start_wd", DECAY) * group["wd_mult"]
+    optimizer = _optimizer(case, provider, model)
 
     def part(number: int) -> dict[str, Any]:
         whole = batch(case.subject, number, samples, uneven=case.uneven)
@@ -82,7 +67,7 @@ def train_placed(
             sums += report["lm loss"]
         total = runtime.total(sums)
         losses.append(float(total[0] / total[1]))
-        if step == 0 and not sharded:
+        if step == 0 and not _sharded(case):
             with gradients_for_weights(model):
                 gradients = {name: each.clone() for name, each in export_hf_weights(provider.bridge, model)}
         _, norm, _ = optimizer.step()
@@ -91,6 +76,36 @@ def train_placed(
     distance = _distance(reference, Outcome(losses, norms, gradients, weights, reference.logits), changed, apart)
     provider.engine.stop()
     return distance
+
+
+def _sharded(case: Case) -> bool:
+    return "distributed" in case.settings
+
+
+def _ddp(case: Case) -> Any:
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=_sharded(case),
+        overlap_grad_reduce="overlap" in case.settings,
+        grad_reduce_in_fp32=case.subject == "bf16",
+    )
+
+
+def _optimizer(case: Case, provider: Any, model: Any) -> Any:
+    """The model's, with the rates that a schedule would have set."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    settings = OptimizerConfig(
+        **{"optimizer": "adam", "lr": LR, "weight_decay": DECAY, "clip_grad": CLIP, "adam_eps": EPS, "min_lr": 0.0},
+        **{"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "use_distributed_optimizer": _sharded(case)},
+        **{"bf16": case.subject == "bf16", "params_dtype": provider.params_dtype},
+    )
+    optimizer = provider.engine.build_optimizer(settings, [model], None)
+    model.config.grad_scale_func = optimizer.scale_loss
+    for group in optimizer.param_groups:  # as Megatron-Core's schedule does
+        group["lr"], group["weight_decay"] = group["max_lr"], group.get("start_wd", DECAY) * group["wd_mult"]
+    return optimizer
 
 
 def provider_of(case: Case, folder: Path) -> Any:

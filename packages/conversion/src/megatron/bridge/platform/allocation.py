@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Keep memory that tensors free for those of the next step; whether the C library can.
 
     glibc gives large blocks back to the system when they are freed. Every training step then has them mapped and
-    cleared anew, page by page: for a Llama of 25 M parameters up to 200 MB in each step, and a tenth of its time.
+    cleared anew, page by page: for a Llama of 25 M parameters up to 200 MB in each step, and up to a tenth of its time.
     The process stays at the most that it ever needed. Elsewhere than on glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -75,7 +75,7 @@ class Encoder(ABC):
             tokens: of the language model.
             inputs: of the items of these samples; none where they have no item.
         """
-        raise NotImplementedError(f"{type(self).__name__} decides no positions")
+        raise NotImplementedError(f"write {type(self).__name__}.positions, or let its decides_positions be False")
 
     @property
     def features_per_item(self) -> int | None:

@@ -17,8 +17,8 @@ from megatron.bridge.training.problems.running import (
     backend_problems,
     fault_problems,
     logger_problems,
-    profiling_range,
-    written_secrets,
+    profiled_step_problems,
+    written_secret_problems,
 )
 from megatron.bridge.training.problems.schedule import optimizer_problems, scheduler_problems
 from megatron.bridge.training.profiler import machine_problems, rank_problems
@@ -72,9 +72,9 @@ _CHECKS = (
     optimizer_problems,
     scheduler_problems,
     fault_problems,
-    profiling_range,
+    profiled_step_problems,
     overlap_problems,
-    written_secrets,
+    written_secret_problems,
     peft_problems,
     forward_step_problems,
 )

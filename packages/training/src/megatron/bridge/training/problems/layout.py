@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 def parallel_problems(cfg: "ConfigContainer", world_size: int) -> Iterator[str]:
     """What is wrong with how model and batch are divided over ranks; only sizes of `model` and `train` are asked."""
     yield from layout_problems(cfg, world_size)
-    yield from model_parts(cfg.model)
+    yield from model_layout_problems(cfg.model)
 
 
-def model_parts(model: Any) -> Iterator[str]:
+def model_layout_problems(model: Any) -> Iterator[str]:
     """What the parallel sizes of a model ask of its other sizes."""
     yield from _sequence_parts(model)
     if getattr(model, "num_moe_experts", None) and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
-from megatron.bridge.training.problems.layout import model_parts
+from megatron.bridge.training.problems.layout import model_layout_problems
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -25,7 +25,7 @@ def model_problems(cfg: "ConfigContainer") -> Iterator[str]:
         model.transformer_config()
     except BridgeError as error:
         yield f"model: {error}"
-    yield from model_parts(model)
+    yield from model_layout_problems(model)
     yield from _recompute(model)
     dtype = _dtype_name(model)
     for flag, name in LOW_PRECISION.items():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
 
-def profiling_range(cfg: "ConfigContainer") -> Iterator[str]:
+def profiled_step_problems(cfg: "ConfigContainer") -> Iterator[str]:
     """Steps to profile that the run does not have."""
     if has_length(cfg):
         yield from profiling_problems(cfg)
@@ -76,7 +76,7 @@ def backend_problems(cfg: "ConfigContainer") -> Iterator[str]:
         yield "rng.te_rng_tracker=True needs Transformer Engine, which is not there; leave it out"
 
 
-def written_secrets(cfg: "ConfigContainer") -> Iterator[str]:
+def written_secret_problems(cfg: "ConfigContainer") -> Iterator[str]:
     """Secrets in the configuration, which is saved beside every checkpoint."""
     from megatron.bridge.training.config_origins import values_of
 
