@@ -1,4 +1,4 @@
-"""Start-up is light: what a first import and the quick commands do not load. `benchmarks/start.py` has their seconds."""
+"""Start-up is light: what a first import and the quick commands do not load; `benchmarks/start.py` has the seconds."""
 
 import re
 import subprocess
