@@ -174,7 +174,10 @@ class MimoEngine(Engine):
 def _unsupported(cfg: "ConfigContainer") -> Iterator[str]:
     """Settings of a run that a model of several modules cannot follow."""
     if getattr(cfg.dataset, "packing", False):
-        yield "dataset.packing=true: documents of one row would see each other's images; set it to false"
+        yield (
+            "dataset.packing=true packs text alone; set it to false, and wrap a dataset of samples with items in "
+            "megatron.bridge.mimo.PackedSamples"
+        )
     if cfg.rng.data_parallel_random_init:
         yield "rng.data_parallel_random_init=True: replicas of several modules do not coincide; leave it out"
     start = cfg.checkpoint.pretrained_checkpoint
