@@ -1,4 +1,4 @@
-"""Documents of packed samples: where they begin and end, and several samples as the one row that Megatron-Core packs."""
+"""Documents of packed samples: where they begin and end, and several samples as Megatron-Core's one packed row."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

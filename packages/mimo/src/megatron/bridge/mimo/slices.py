@@ -122,8 +122,8 @@ def encoder_inputs(name: str, encoder: Encoder, batch: "Batch", rank: int, size:
     if not number and int(places.sum()):
         sample = int(places.nonzero()[0, 0])
         raise BridgeError(
-            f"sample {sample} has {int(places[sample].sum())} {name} tokens (id {encoder.token_id}), and the batch has no "
-            f"{name}: modality_inputs[{name!r}][{encoder.input_names[0]!r}] is missing"
+            f"sample {sample} has {int(places[sample].sum())} {name} tokens (id {encoder.token_id}), and the batch has "
+            f"no {name}: modality_inputs[{name!r}][{encoder.input_names[0]!r}] is missing"
         )
     items = items_of(name, counts, places, number)
     part = sample_slice(items, rank, size)
