@@ -1,5 +1,6 @@
 """What each module on a rank gets of a batch: the samples of its own replica, with all that belongs to them."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,30 @@ def loading_place(modules: "Mapping[str, ModuleGroups]") -> tuple[int, int]:
     here = [place for place in modules.values() if place.groups is not None]
     fewest = min(here, key=lambda place: place.layout.data_parallel)
     return int(fewest.here.dp.rank()), fewest.layout.data_parallel
+
+
+def common_place(modules: "Mapping[str, ModuleGroups]") -> tuple[int, int]:
+    """Which part of a global micro-batch this rank reads where all ranks read equal parts, of how many.
+
+    The parts are as many as the replicas of every module can divide among themselves, wherever it stands; the part of
+    `loading_place` lies in this one.
+    """
+    size = math.gcd(*(place.layout.data_parallel for place in modules.values()))
+    rank, loaded = loading_place(modules)
+    return rank * size // loaded, size
+
+
+def batch_part(batch: "Batch", encoders: "Mapping[str, Encoder]", rank: int, size: int) -> dict[str, Any]:
+    """Part `rank` of `size` of the samples of a batch, with their items, as a batch of its own.
+
+    Raises:
+        BridgeError: see `encoder_inputs`.
+    """
+    texts = {name: sample_slice(value, rank, size) for name, value in batch.items() if name != MODALITIES}
+    given = batch.get(MODALITIES) or {}
+    inputs = {name: encoder_inputs(name, encoders[name], batch, rank, size) for name in given if name in encoders}
+    items = {name: {key: each for key, each in own.items() if key != PLACES} for name, own in inputs.items()}
+    return {**texts, MODALITIES: items}
 
 
 def own_batch(model: "BridgeMimoModel", batch: "Batch") -> dict[str, Any]:
