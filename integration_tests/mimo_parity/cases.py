@@ -30,7 +30,8 @@ class Case:
         encoder, language: (tensor, pipeline, data) sizes.
         uneven: samples with 0 to 2 images.
         settings: `sequence_parallel`, `distributed`, `overlap`; `frozen` (the tower), `frozen_language`; `rates`, for
-            settings of the optimizer by module; `lora`, for adapters on the language model.
+            settings of the optimizer by module; `lora`, for adapters on the language model; `packed`, for samples of
+            several documents.
         subject: the model, of `SUBJECTS`.
         experts: ranks that experts are spread over.
     """
@@ -98,6 +99,9 @@ QUICK = (
     Case("1 + PP2, Qwen2.5-VL", "heterogeneous", _ONE, _PP2, True, subject="Qwen2.5-VL"),
     Case("DP2 + 1", "heterogeneous", _DP2, _ONE, True),
     Case("1 + TP2 SP", "heterogeneous", _ONE, _TP2, True, ("sequence_parallel",)),
+    Case("TP2 SP, packed", "homogeneous", _TP2, _TP2, True, ("sequence_parallel", "packed")),
+    Case("encoder DP2, language TP2, packed", "colocated", _DP2, _TP2, True, ("packed",)),
+    Case("1 + PP2, Qwen2.5-VL, packed", "heterogeneous", _ONE, _PP2, True, ("packed",), subject="Qwen2.5-VL"),
 )
 # The rest of the table.
 WIDE = (
@@ -159,4 +163,28 @@ WIDE = (
     Case("DP2 + PP2, Qwen2-VL", "heterogeneous", _DP2, _PP2, True, subject="Qwen2-VL"),
     Case("DP2 + 1, settings by module", "heterogeneous", _DP2, _ONE, True, ("rates",)),
     Case("DP2 + TP2 SP, Qwen2.5-VL", "heterogeneous", _DP2, _TP2, True, ("sequence_parallel",), subject="Qwen2.5-VL"),
+    Case("one rank, packed", "homogeneous", _ONE, _ONE, True, ("packed",)),
+    Case("one rank, Qwen2.5-VL, packed", "homogeneous", _ONE, _ONE, True, ("packed",), subject="Qwen2.5-VL"),
+    Case("PP2, Qwen2-VL, packed", "homogeneous", _PP2, _PP2, True, ("packed",), subject="Qwen2-VL"),
+    Case("encoder TP2, language DP2, packed", "colocated", _TP2, _DP2, True, ("packed",)),
+    Case(
+        "encoder DP4, language TP2 SP DP2, Qwen2.5-VL, packed",
+        "colocated",
+        _DP4,
+        _TP2_DP2,
+        True,
+        ("sequence_parallel", "packed"),
+        subject="Qwen2.5-VL",
+    ),
+    Case("1 + PP2, packed", "heterogeneous", _ONE, _PP2, True, ("packed",)),
+    Case("1 + DP2 EP2, mixture of experts, packed", "heterogeneous", _ONE, _DP2, True, ("packed",), "experts", 2),
+    Case(
+        "DP2 + TP2 SP, packed, distributed",
+        "heterogeneous",
+        _DP2,
+        _TP2,
+        True,
+        ("sequence_parallel", "packed", *_SHARED),
+    ),
+    Case("DP2 + 1, packed", "heterogeneous", _DP2, _ONE, True, ("packed",)),
 )

@@ -24,6 +24,9 @@ gradient reduction; its gradients are sharded and not compared one by one. `sett
 rate and weight decay for the tower and for the projector, AdamW's parameter groups in the reference. The `mixture of
 experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers' LLaVA lacks.
 
+`packed` samples are of several documents each, with 0 to 2 images in a document; transformers' model is run on every
+document by itself.
+
 In `bf16` both sides compute in bfloat16 and keep master weights in float32. They differ by rounding: {BF16.logits:.0e}
 is allowed for logits and gradients, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for
 weights.

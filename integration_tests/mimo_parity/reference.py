@@ -1,7 +1,8 @@
 """The samples, and what three steps of plain transformers and torch do to a model."""
 
+import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,53 @@ class Outcome:
     logits: Tensor
 
 
-def batch(subject: str, number: int, samples: int, *, uneven: bool) -> dict[str, Any]:
-    """One global micro-batch: random text and images; with `uneven` 0 to 2 images in a sample, else one in each."""
+def batch(subject: str, number: int, samples: int, *, uneven: bool, packed: bool = False) -> dict[str, Any]:
+    """One global micro-batch of random text and images.
+
+    With `uneven` there are 0 to 2 images in a sample, else one in each; `packed` samples are of several documents.
+    """
+    if packed:
+        return _packed(subject, number, samples)
+    return _whole(subject, samples, SEQUENCE, torch.Generator().manual_seed(1000 + number), uneven=uneven)
+
+
+def _packed(subject: str, number: int, samples: int) -> dict[str, Any]:
+    from megatron.bridge.mimo import PackedSamples, collate
+
     draw = torch.Generator().manual_seed(1000 + number)
-    tokens = torch.randint(3, IMAGE_TOKEN, (samples, SEQUENCE + 1), generator=draw)
+    documents = []
+    for length in (35, 30, 26, 25, 22, 21, 19, 12, 10, 7, 5):
+        whole = _whole(subject, 1, length, draw, uneven=True)
+        texts = {name: value[0] for name, value in whole.items() if name != "modality_inputs"}
+        inputs = whole["modality_inputs"] if int(whole["modality_inputs"]["images"]["items"]) else {}
+        documents.append(texts | {"modality_inputs": inputs})
+    packs = PackedSamples(documents, SEQUENCE, seed=number)
+    return collate([packs[index] for index in range(samples)])
+
+
+def documents_of(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each document of a packed batch as a batch of its own, padding too."""
+    images = dict(batch["modality_inputs"]["images"])
+    items, first = images.pop("items"), 0
+    rows = [0, *(images["image_grid_thw"].prod(1) if "image_grid_thw" in images else items.new_ones(int(items.sum())))]
+    places = torch.tensor(rows).cumsum(0)
+    for sample, (edges, counts) in enumerate(zip(batch["cu_seqlens"].tolist(), items.tolist(), strict=True)):
+        for (start, stop), count in zip(itertools.pairwise(edges), counts, strict=True):
+            if start == stop:
+                continue
+            own = {name: each[int(places[first]) : int(places[first + count])] for name, each in images.items()}
+            if "image_grid_thw" in own:
+                own["image_grid_thw"] = images["image_grid_thw"][first : first + count]
+            first += count
+            texts = {name: batch[name][sample, None, start:stop] for name in ("tokens", "labels", "loss_mask")}
+            yield texts | {"modality_inputs": {"images": {**own, "items": torch.tensor([count])}}}
+
+
+def _whole(subject: str, samples: int, length: int, draw: torch.Generator, *, uneven: bool) -> dict[str, Any]:
+    """Samples of one document, [samples, length]; those that are short have as many images as there is room for."""
+    tokens = torch.randint(3, IMAGE_TOKEN, (samples, length + 1), generator=draw)
     items = torch.randint(0, 3, (samples,), generator=draw) if uneven else torch.ones(samples, dtype=torch.long)
+    items = items.clamp(max=(length - 2) // 17)
     inputs, sizes = SUBJECTS[subject].draw(int(items.sum()), draw)
     left = list(sizes)
     for sample, count in enumerate(items.tolist()):
@@ -58,7 +101,7 @@ def batch(subject: str, number: int, samples: int, *, uneven: bool) -> dict[str,
         "tokens": tokens[:, :-1].contiguous(),
         "labels": labels.masked_fill(labels == IMAGE_TOKEN, 0),
         "loss_mask": mask,
-        "position_ids": torch.arange(SEQUENCE).expand(samples, -1).contiguous(),
+        "position_ids": torch.arange(length).expand(samples, -1).contiguous(),
         "modality_inputs": {"images": {**inputs, "items": items}},
     }
 
@@ -86,11 +129,18 @@ def train_transformers(
     frozen = (*(_TOWERS if "frozen" in settings else ()), *(_LANGUAGE if "frozen_language" in settings else ()))
     for name, each in model.named_parameters():
         each.requires_grad_(not (frozen and name.startswith(frozen)))
+    packed = "packed" in settings
+
+    def parts(number: int) -> list[dict[str, Any]]:
+        """What the model is run on by itself."""
+        whole = batch(subject, number, samples, uneven=uneven, packed=packed)
+        return [*documents_of(whole)] if packed else [whole]
+
     with torch.no_grad():
-        before = logits(model, batch(subject, 0, samples, uneven=uneven))
+        rows = [logits(model, each).flatten(0, 1) for each in parts(0)]
+        before = torch.cat(rows).unflatten(0, (samples, SEQUENCE))
     batches = [
-        [batch(subject, step * microbatches + each, samples, uneven=uneven) for each in range(microbatches)]
-        for step in range(steps)
+        [part for each in range(microbatches) for part in parts(step * microbatches + each)] for step in range(steps)
     ]
     losses, norms, first = train(model, batches, by_module="rates" in settings)
     named = dict(model.named_parameters())

@@ -117,6 +117,6 @@ def test_samples_whose_inputs_are_no_items_say_how_many_items_they_have() -> Non
 
 
 def test_what_no_module_takes_is_refused() -> None:
-    batch = collate([sample(0)]) | {"cu_seqlens": torch.tensor([0, 4, 9])}
-    with pytest.raises(BridgeError, match="the batch has cu_seqlens, of which no module knows what to do"):
+    batch = collate([sample(0)]) | {"attention_mask": torch.ones(1, 9)}
+    with pytest.raises(BridgeError, match="the batch has attention_mask, of which no module knows what to do"):
         own_batch(None, batch)  # type: ignore[arg-type]  # it is not asked

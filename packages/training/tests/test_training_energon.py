@@ -158,3 +158,14 @@ def test_what_energon_cannot_open_is_refused(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "energon" in name else find(name))
     with pytest.raises(BridgeError, match=r"megatron-bridge-data\[energon\]"):
         EnergonDatasetConfig(path=str(shards), sequence_length=4).validate(_context())
+
+
+def test_images_are_refused_by_the_forward_step_of_models_without_them() -> None:
+    with pytest.raises(BridgeError, match="the batch has modality_inputs, .* megatron.bridge.mimo.mimo_step"):
+        forward_step(None, iter([{"modality_inputs": {}}]), None)  # type: ignore[arg-type, dict-item]
+
+
+def test_options_without_an_encoder_of_ones_own_are_refused(shards: Path) -> None:
+    config = EnergonDatasetConfig(path=str(shards), sequence_length=4, task_encoder_options={"a": 1})
+    with pytest.raises(BridgeError, match="dataset.task_encoder_options are for a task encoder of one's own"):
+        config.validate(_context())

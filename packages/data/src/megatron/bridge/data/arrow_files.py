@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,43 @@ def saved_dataset_files(folder: Path) -> list[Path] | None:
     return files
 
 
+class SavedRows(Sequence[dict[str, Any]]):
+    """The rows of a dataset on disk by number. Its files are mapped: of a row the wanted columns are read, no more.
+
+    Args:
+        folder: of the dataset.
+        columns: wanted of each row.
+
+    Raises:
+        BridgeError: pyarrow is absent, the folder is no dataset on disk, or a column is absent.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+        files = saved_dataset_files(folder)
+        if not files:
+            raise BridgeError(
+                f"{str(folder)!r} is no Hugging Face dataset on disk; write one with Dataset.save_to_disk"
+            )
+        _refuse_without_pyarrow(files[0])
+        import pyarrow
+
+        tables = []
+        for file in files:
+            with pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) as stream:
+                for name in columns:
+                    _check(file, name, stream.schema.names, remedy="name another one")
+                tables.append(stream.read_all().select(list(columns)))
+        self._table = pyarrow.concat_tables(tables)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._table.slice(index, 1).to_pylist()[0]
+
+
 def column(file: Path, name: str) -> Iterator[tuple[Any, float]]:
     """The values of one column, with the share of the file's rows that has been read. Other columns are not.
 
@@ -63,11 +100,15 @@ def whole_rows(file: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+def _refuse_without_pyarrow(file: Path) -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise BridgeError(f"{file} needs the package pyarrow: uv pip install 'megatron-bridge-data[arrow]'")
+
+
 @contextmanager
 def _opened(file: Path, name: str | None) -> Iterator[tuple[int, Iterator[Any]]]:
     """Number of rows, and batches of them, of one column or of all."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise BridgeError(f"{file} needs the package pyarrow: uv pip install 'megatron-bridge-data[arrow]'")
+    _refuse_without_pyarrow(file)
     import pyarrow
 
     try:
@@ -102,12 +143,10 @@ def _slices(batches: list[Any]) -> Iterator[Any]:
         yield from (batch.slice(start, _ROWS) for start in range(0, batch.num_rows, _ROWS))
 
 
-def _check(file: Path, name: str | None, names: list[str]) -> None:
+def _check(file: Path, name: str | None, names: list[str], remedy: str = "choose with --json-key") -> None:
     if name is not None and name not in names:
         near = did_you_mean(name, names)
-        raise BridgeError(
-            f"{file} has no column {name!r}{near} (it has: {', '.join(map(repr, names))}); choose with --json-key"
-        )
+        raise BridgeError(f"{file} has no column {name!r}{near} (it has: {', '.join(map(repr, names))}); {remedy}")
 
 
 _OPENERS: Mapping[str, Callable[[Path, str | None], Any]] = {".parquet": _parquet, ".arrow": _arrow}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         module_to_grid_tuple,
         multimodule_no_sync,
     )
+    from megatron.bridge.mimo.packed_samples import PackedSamples
     from megatron.bridge.mimo.projector import PROJECTORS, Projector
     from megatron.bridge.mimo.provider import MimoProvider
     from megatron.bridge.mimo.step import forward_step
@@ -42,6 +43,7 @@ _LAZY = {
     "MimoProvider": "provider",
     "ModuleOptimizerConfig": "module_settings",
     "PROJECTORS": "projector",
+    "PackedSamples": "packed_samples",
     "Projector": "projector",
     "collate": "data",
     "export_hf_weights": "conversion",
@@ -69,6 +71,7 @@ __all__ = [
     "MimoProvider",
     "ModuleOptimizerConfig",
     "ModuleParallelismConfig",
+    "PackedSamples",
     "PlacementError",
     "Projector",
     "Violation",

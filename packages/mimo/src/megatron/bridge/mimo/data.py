@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.errors import BridgeError
+from megatron.bridge.mimo.documents import BOUNDS, stacked_bounds
 from megatron.bridge.mimo.places import ITEMS
 from megatron.bridge.mimo.slices import MODALITIES
 
 if TYPE_CHECKING:
     from megatron.core.hyper_comm_grid import HyperCommGrid
+    from torch import Tensor
 
     from megatron.bridge.mimo.provider import MimoProvider
 
@@ -41,34 +43,82 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Args:
         samples: dicts of tensors of one shape, and `modality_inputs`: by modality the encoder's inputs for the items of
             the sample, by name, with their number along the first axis. Where inputs differ in it (patches of images of
-            several sizes), `items` says how many there are. A sample without items leaves the modality out.
+            several sizes), `items` says how many there are. A sample without items leaves the modality out. A packed
+            sample has `cu_seqlens` [documents + 1], where each document begins and the last one ends, and its `items`
+            say how many each document has.
 
     Returns:
-        Tensors [samples, ...], and by modality the items of all samples, with `items`, how many each sample has.
+        Tensors [samples, ...], and by modality the items of all samples, with `items`, how many each sample has. Of
+        packed samples `cu_seqlens` [samples, most documents + 1] and `items` [samples, most documents], which end with
+        documents of no token where a sample has fewer.
 
     Raises:
-        BridgeError: nothing says how many items a sample has.
+        BridgeError: nothing says how many items a sample or a document has; or some samples are packed and some not.
     """
-    import torch
     from torch.utils.data import default_collate
 
+    apart = {MODALITIES, BOUNDS}
     batch: dict[str, Any] = default_collate(
-        [{key: value for key, value in sample.items() if key != MODALITIES} for sample in samples]
+        [{key: value for key, value in sample.items() if key not in apart} for sample in samples]
     )
-    given = [sample.get(MODALITIES) or {} for sample in samples]
+    bounds = stacked_bounds(samples)
+    documents = None if bounds is None else [len(sample[BOUNDS]) - 1 for sample in samples]
+    batch[MODALITIES] = items_together([sample.get(MODALITIES) or {} for sample in samples], documents)
+    return batch if bounds is None else {**batch, BOUNDS: bounds}
+
+
+def items_together(
+    given: "Sequence[Mapping[str, Batch]]", documents: Sequence[int] | None = None
+) -> dict[str, dict[str, "Tensor"]]:
+    """The items of several samples one after another, by modality, with `items`, how many each sample has.
+
+    Args:
+        given: `modality_inputs` of each sample.
+        documents: of each packed sample; `items` are of each document then, [samples, most documents].
+
+    Raises:
+        BridgeError: see `collate`.
+    """
+    import torch
+
     names = dict.fromkeys(name for each in given for name in each)
-    batch[MODALITIES] = {
+    return {
         name: {
             **{
                 key: torch.cat([each[name][key] for each in given if name in each])
                 for key in next(each[name] for each in given if name in each)
                 if key != ITEMS
             },
-            ITEMS: torch.tensor([_items(name, number, each.get(name)) for number, each in enumerate(given)]),
+            ITEMS: _counts(name, [each.get(name) for each in given], documents),
         }
         for name in names
     }
-    return batch
+
+
+def _counts(name: str, given: "Sequence[Batch | None]", documents: Sequence[int] | None) -> "Tensor":
+    """Items of each sample, or of each document of packed samples."""
+    import torch
+
+    if documents is None:
+        return torch.tensor([_items(name, number, inputs) for number, inputs in enumerate(given)])
+    found = torch.zeros(len(given), max(documents), dtype=torch.long)
+    for number, (inputs, own) in enumerate(zip(given, documents, strict=True)):
+        if inputs is not None:
+            found[number, :own] = _items_of_documents(name, number, inputs, own)
+    return found
+
+
+def _items_of_documents(name: str, number: int, inputs: "Batch", documents: int) -> "Tensor":
+    """How many items each document of a packed sample has, [documents]."""
+    import torch
+
+    counts = torch.as_tensor(inputs[ITEMS] if ITEMS in inputs else _items(name, number, inputs)).reshape(-1)
+    if len(counts) != documents:
+        raise BridgeError(
+            f"sample {number} of the batch has {documents} documents and does not say which of them its {name} belong "
+            f"to; give modality_inputs[{name!r}][{ITEMS!r}], the number that each document has"
+        )
+    return counts
 
 
 def _items(name: str, number: int, inputs: "Batch | None") -> int:

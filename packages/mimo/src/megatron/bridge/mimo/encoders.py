@@ -77,6 +77,10 @@ class Encoder(ABC):
         """
         raise NotImplementedError(f"write {type(self).__name__}.positions, or let its decides_positions be False")
 
+    def sizes(self, inputs: Inputs) -> "Sequence[int] | None":
+        """Features of each item, where they are known before it is encoded; None where they are not."""
+        return None
+
     @property
     def features_per_item(self) -> int | None:
         """Features of one item before the projector; None where items differ."""

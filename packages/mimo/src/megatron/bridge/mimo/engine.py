@@ -13,6 +13,7 @@ from megatron.bridge.training.hf_side import is_hf_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron.bridge.data.streamed import StreamedBatches
     from megatron.bridge.mimo.model import BridgeMimoModel
     from megatron.bridge.mimo.provider import MimoProvider
     from megatron.bridge.mimo.runtime import MimoRuntime
@@ -79,6 +80,20 @@ class MimoEngine(Engine):
         rank, size = loading_place(self.runtime.model.module_groups)
         samples = cfg.train.micro_batch_size * self._provider.llm_layout.data_parallel
         return LoadingPlace(rank, size, samples // size, needed=True)
+
+    def stream_place(self, cfg: "ConfigContainer") -> LoadingPlace:
+        from megatron.bridge.mimo.slices import common_place
+
+        rank, size = common_place(self.runtime.model.module_groups)
+        samples = cfg.train.micro_batch_size * self._provider.llm_layout.data_parallel
+        return LoadingPlace(rank, size, samples // size, needed=True)
+
+    def of_stream(self, cfg: "ConfigContainer", batches: "StreamedBatches") -> "StreamedBatches":
+        from megatron.bridge.mimo.streamed_part import StreamedPart
+
+        own, read = self.loading_place(cfg), self.stream_place(cfg)
+        parts = own.size // read.size
+        return batches if parts == 1 else StreamedPart(batches, self._provider.encoders, own.rank % parts, parts)
 
     def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
         from megatron.bridge.conversion.rank_agreement import on_every_rank
@@ -174,7 +189,10 @@ class MimoEngine(Engine):
 def _unsupported(cfg: "ConfigContainer") -> Iterator[str]:
     """Settings of a run that a model of several modules cannot follow."""
     if getattr(cfg.dataset, "packing", False):
-        yield "dataset.packing=true: documents of one row would see each other's images; set it to false"
+        yield (
+            "dataset.packing=true packs text alone; set it to false, and wrap a dataset of samples with items in "
+            "megatron.bridge.mimo.PackedSamples"
+        )
     if cfg.rng.data_parallel_random_init:
         yield "rng.data_parallel_random_init=True: replicas of several modules do not coincide; leave it out"
     start = cfg.checkpoint.pretrained_checkpoint

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from megatron.bridge.conversion.live_weights import unwrap
+from megatron.bridge.mimo.documents import bounds_in_one_row, one_row
 from megatron.bridge.mimo.module_groups import LANGUAGE, ModuleGroups
 from megatron.bridge.mimo.places import PLACES, places_of
 from megatron.bridge.mimo.uneven_bridges import UnevenColocated
+from megatron.bridge.training.gpt_step import packed_documents
 
 if TYPE_CHECKING:
     from megatron.bridge.mimo.encoder_module import EncoderModule
@@ -132,7 +134,7 @@ class BridgeMimoModel(MimoModel):
         loss_mask: Tensor | None = None,
         labels: Tensor | None = None,
         modality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        packing_kwargs: Any = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Any, Tensor | None]:
         """One micro-batch through the modules on this rank.
 
@@ -142,7 +144,8 @@ class BridgeMimoModel(MimoModel):
                 [axes, samples, sequence].
             attention_mask: None: attention is causal.
             modality_inputs: of every encoder here the inputs of its own samples, with `places` and `items`.
-            packing_kwargs: as Megatron-Core's.
+            cu_seqlens: of packed samples of the language model where each document begins and the last one ends,
+                [samples, documents + 1]. Megatron-Core packs one row, so they go on as one: [1, samples x sequence].
 
         Returns:
             On the last stage of the language model the loss of each token [samples, sequence] (logits without labels)
@@ -151,13 +154,18 @@ class BridgeMimoModel(MimoModel):
         given = {name: dict((modality_inputs or {}).get(name) or {}) for name in self.modality_submodules}
         for name, inputs in given.items():
             self._tell_rows(name, input_ids, inputs.get(PLACES))
+        packing = None
+        if cu_seqlens is not None:
+            packing = vars(packed_documents(bounds_in_one_row(cu_seqlens, input_ids.shape[1])))
+            rows = (one_row(each) for each in (input_ids, position_ids, loss_mask, labels))
+            input_ids, position_ids, loss_mask, labels = rows  # type: ignore[assignment]
         if self._shared and not self.role.is_first_stage(LANGUAGE):
             output, loss_mask = self._forward_language_module(
-                input_ids, position_ids, attention_mask, loss_mask, labels, None, packing_kwargs
+                input_ids, position_ids, attention_mask, loss_mask, labels, None, packing
             )
             return (output[LANGUAGE] if isinstance(output, dict) else output), loss_mask
         result: tuple[Any, Tensor | None] = super().forward(
-            input_ids, position_ids, attention_mask, loss_mask, labels, given, packing_kwargs
+            input_ids, position_ids, attention_mask, loss_mask, labels, given, packing
         )
         return result
 
@@ -208,7 +216,7 @@ class BridgeMimoModel(MimoModel):
         if bridge is not None:
             wider = places if bridge.is_fan_out() and places is not None else None
             counts = places_of(input_ids, self.special_token_ids[name]) if wider is None else wider
-            bridge.rows_of_samples = [int(each) for each in counts]
+            bridge.rows_of_samples = counts.reshape(len(counts), -1).sum(1).tolist()
 
     def _attach_modality_split_sizes(self, output: Tensor, input_ids: Tensor | None, encoder_name: str) -> None:
         encoder, language = self.module_groups[encoder_name].layout, self.module_groups[LANGUAGE].layout

@@ -54,7 +54,8 @@ def logits(runtime: "MimoRuntime", batches: "Sequence[Mapping[str, Any]]") -> "l
     language: Any = unwrap(runtime.model.language_model)
     tensor = runtime.modules[LANGUAGE].here.tp
     whole = [gather_from_tensor_model_parallel_region(each, group=tensor) for each in found]
-    return [each[..., : language.unpadded_vocab_size] for each in whole]
+    # Packed samples come as one row.
+    return [each[..., : language.unpadded_vocab_size].unflatten(1, (-1, length)).flatten(0, 1) for each in whole]
 
 
 class TokenAccuracy(Callback):

@@ -97,6 +97,12 @@ class VisionHalf(Encoder):
     def decides_positions(self) -> bool:
         return self.vision.grid_positions
 
+    def sizes(self, inputs: Inputs) -> Sequence[int] | None:
+        if self._grid is None or not self.count(inputs):
+            return None
+        merged = int(self.vision.hf_config.vision_config.spatial_merge_size) ** 2
+        return [int(patches) // merged for patches in inputs[self._grid].prod(1)]
+
     def positions(self, tokens: Tensor, inputs: Inputs) -> Tensor:
         """In time, height and width, as transformers counts them.
 

@@ -47,10 +47,12 @@ def batches_per_chunk(
         batch_size: sequences per step, or a function that gives them from the samples drawn before.
         consumed_samples: where to begin.
     """
-    own = engine_of(cfg).loading_place(cfg)
+    engine = engine_of(cfg)
+    own = engine.loading_place(cfg)
     if isinstance(dataset, StreamedDataset):
-        place = LoaderPlace(micro_batch_size=own.micro_batch_size, dp_rank=own.rank, dp_size=own.size)
-        return [dataset.batches(place) if own.needed else None for _ in range(num_chunks)]
+        read = engine.stream_place(cfg)
+        place = LoaderPlace(micro_batch_size=read.micro_batch_size, dp_rank=read.rank, dp_size=read.size)
+        return [engine.of_stream(cfg, dataset.batches(place)) if read.needed else None for _ in range(num_chunks)]
     return [
         build_data_iterator(
             dataset,
@@ -82,7 +84,7 @@ def stream_states(cfg: "ConfigContainer", data: list["Batches"]) -> list[bytes]:
     from megatron.bridge.conversion.rank_agreement import gather
 
     mine = next((pickle.dumps(each.state_dict()) for each in data if isinstance(each, StreamedBatches)), None)
-    own = engine_of(cfg).loading_place(cfg)
+    own = engine_of(cfg).stream_place(cfg)
     states = {rank: state for rank, state in gather((own.rank, mine)) if state is not None}
     return [states[rank] for rank in sorted(states)]
 
@@ -93,7 +95,7 @@ def load_stream_states(cfg: "ConfigContainer", data: list["Batches"], states: Se
     Raises:
         BridgeError: the states are of another number of data-parallel ranks.
     """
-    own = engine_of(cfg).loading_place(cfg)
+    own = engine_of(cfg).stream_place(cfg)
     streams = [each for each in data if isinstance(each, StreamedBatches)]
     if streams and len(states) != own.size:
         raise BridgeError(

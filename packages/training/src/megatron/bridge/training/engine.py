@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron.bridge.data.streamed import StreamedBatches
     from megatron.bridge.training.config import ConfigContainer
 
 
@@ -66,6 +67,14 @@ class Engine:
             # Every stage asks where the documents of a packed sample begin, or where images stand among tokens.
             needed=ends or getattr(cfg.dataset, "packing", False) or getattr(cfg.model, "vision", None) is not None,
         )
+
+    def stream_place(self, cfg: "ConfigContainer") -> LoadingPlace:
+        """What this rank reads of a stream, whose samples are divided among all that read it."""
+        return self.loading_place(cfg)
+
+    def of_stream(self, cfg: "ConfigContainer", batches: "StreamedBatches") -> "StreamedBatches":
+        """What `loading_place` says of the micro-batches that are read for `stream_place`."""
+        return batches
 
     def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
         """Apply a PEFT method to bare chunks, for training. Collective over the ranks that share the model."""

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.errors import BridgeError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron.bridge.training.state import RunState
 
 LOSS = "lm loss"
+_MODALITIES = "modality_inputs"
 
 
 def forward_step(
@@ -27,12 +30,21 @@ def forward_step(
     Returns:
         The chunk's output (on the last stage the loss of each token, [micro batch, sequence]), and the function that
         turns it into `(sum of losses, number of tokens, {"lm loss": [sum, number]})`.
+
+    Raises:
+        BridgeError: the batch has what only models of several modules take.
     """
     from megatron.bridge.platform import device
 
     if data_iterator is None:
         return model(None, None, None, labels=None), _no_loss
-    batch = {name: value.to(device(), non_blocking=True) for name, value in next(data_iterator).items()}
+    given = next(data_iterator)
+    if _MODALITIES in given:
+        raise BridgeError(
+            f"the batch has {_MODALITIES}, which are for models of several modules; train a MimoProvider by "
+            "megatron.bridge.mimo.mimo_step.forward_step, or leave them out"
+        )
+    batch = {name: value.to(device(), non_blocking=True) for name, value in given.items()}
     bounds = batch.pop("cu_seqlens", None)
     batch = on_this_context_rank(batch, bounds)
     further = {} if bounds is None else {"packed_seq_params": packed_documents(bounds)}

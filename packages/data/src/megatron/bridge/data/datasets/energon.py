@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.errors import BridgeError
@@ -24,8 +24,10 @@ class EnergonDatasetConfig(DatasetProvider):
         path: the folder with `.nv-meta`, or a metadataset's YAML file.
         sequence_length: tokens per sample.
         task_encoder: `module:Class` of an energon `TaskEncoder` that makes batches of `tokens`, `labels`, `loss_mask`
-            and `position_ids`, `[micro batch, sequence]`; it is called with `sequence_length` and `tokenizer`. None
-            takes one for energon's `TextSample`, which cuts documents into samples and loses no token.
+            and `position_ids`, `[micro batch, sequence]`, and perhaps of `modality_inputs` and `cu_seqlens` for
+            models of several modules; it is called with `sequence_length` and `tokenizer`. None takes one for energon's
+            `TextSample`, which cuts documents into samples and loses no token.
+        task_encoder_options: further arguments of the task encoder, by name.
         shuffle_buffer_size: samples among which the next one is drawn; None for the order of the shards.
         max_samples_per_sequence: samples that are read from one place before another one is gone to; None for no limit.
         random_seed: of the order.
@@ -34,6 +36,7 @@ class EnergonDatasetConfig(DatasetProvider):
     path: str | None = None
     sequence_length: int | None = None
     task_encoder: str | None = None
+    task_encoder_options: dict[str, Any] = field(default_factory=dict)
     shuffle_buffer_size: int | None = 1000
     max_samples_per_sequence: int | None = 100
     random_seed: int = 1234
@@ -54,6 +57,8 @@ class EnergonDatasetConfig(DatasetProvider):
             raise BridgeError(
                 "dataset.dataloader_type='cyclic' is for datasets whose samples have numbers; energon repeats its own"
             )
+        if self.task_encoder is None and self.task_encoder_options:
+            raise BridgeError("dataset.task_encoder_options are for a task encoder of one's own; set task_encoder")
         if self.task_encoder is None and context.tokenizer is None:
             raise BridgeError("energon's text samples need a tokenizer; set the tokenizer section")
 

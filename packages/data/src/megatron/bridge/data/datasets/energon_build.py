@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SPLITS = ("train", "val", "test")
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
-_OPTIONAL = ("attention_mask",)
+_OPTIONAL = ("attention_mask", "cu_seqlens", "modality_inputs")
 
 
 def build_splits(config: EnergonDatasetConfig, context: DatasetBuildContext) -> tuple[Split, Split, Split]:
@@ -45,11 +45,11 @@ def _encoder(config: EnergonDatasetConfig, context: DatasetBuildContext) -> Any:
     module, _, name = config.task_encoder.partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)
-        return kind(sequence_length=config.sequence_length, tokenizer=context.tokenizer)
+        return kind(sequence_length=config.sequence_length, tokenizer=context.tokenizer, **config.task_encoder_options)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BridgeError(
             f"dataset.task_encoder={config.task_encoder!r} cannot be made: {error}; write it as module:Class, of "
-            "a class that is called with sequence_length and tokenizer"
+            "a class that is called with sequence_length, tokenizer and task_encoder_options"
         ) from error
 
 
