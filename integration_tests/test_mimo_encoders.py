@@ -258,11 +258,7 @@ def test_whispers_tower_hears_what_transformers_hears() -> None:
     assert len(tower.encode(module, tower.ghost())) == 1
 
 
-def test_context_parallelism_and_packed_text_are_refused_before_any_process_group_exists() -> None:
-    cfg = config({name: {"context_parallel": 2} for name in ALONE})
-    cfg.dataset.packing = True
-    with pytest.raises(BridgeError, match="'text': context_parallel=2: features are put among the embeddings of whole"):
-        cfg.validate(2)
+def test_packed_text_is_refused_before_any_process_group_exists() -> None:
     cfg = config(ALONE)
     cfg.dataset.packing = True
     with pytest.raises(
@@ -270,6 +266,16 @@ def test_context_parallelism_and_packed_text_are_refused_before_any_process_grou
     ):
         cfg.validate(1)
     assert not torch.distributed.is_initialized()
+
+
+def test_positions_that_images_decide_are_not_divided_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config({name: {"context_parallel": 2} for name in ALONE})
+    cfg.validate(2)
+    monkeypatch.setattr(type(cfg.model.encoders["images"]), "decides_positions", True)
+    with pytest.raises(
+        BridgeError, match="context_parallel=2: 'images' decides the positions of tokens, which are not"
+    ):
+        cfg.validate(2)
 
 
 def test_a_projector_that_does_not_fit_its_tower_is_refused_before_anything_is_built() -> None:

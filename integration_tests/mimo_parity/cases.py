@@ -34,6 +34,7 @@ class Case:
             several documents.
         subject: the model, of `SUBJECTS`.
         experts: ranks that experts are spread over.
+        context: ranks that share a sequence, of every module.
     """
 
     name: str
@@ -44,6 +45,13 @@ class Case:
     settings: tuple[str, ...] = ()
     subject: str = "plain"
     experts: int = 1
+    context: int = 1
+
+    @property
+    def packing(self) -> int:
+        """What lengths of packed documents are multiples of; 0: samples are not packed."""
+        # A document is cut into two chunks for each rank that shares it.
+        return 0 if "packed" not in self.settings else 1 if self.context == 1 else 2 * self.context
 
     @property
     def tolerance(self) -> Tolerance:
@@ -54,7 +62,7 @@ class Case:
     def ranks(self) -> int:
         """How many ranks it takes."""
         sizes = [a * b * c for a, b, c in (self.encoder, self.language)]
-        return sum(sizes) if self.mode == "heterogeneous" else sizes[1]
+        return sum(sizes) if self.mode == "heterogeneous" else sizes[1] * self.context
 
     def placement(self) -> Any:
         """The placement."""
@@ -66,6 +74,7 @@ class Case:
         language.expert_parallel = self.experts
         if self.mode == "homogeneous":
             encoder.expert_parallel = self.experts
+        encoder.context_parallel = language.context_parallel = self.context
         if self.mode == "heterogeneous":
             language.rank_offset = encoder.total_ranks
         return MimoParallelismConfig(
@@ -102,6 +111,7 @@ QUICK = (
     Case("TP2 SP, packed", "homogeneous", _TP2, _TP2, True, ("sequence_parallel", "packed")),
     Case("encoder DP2, language TP2, packed", "colocated", _DP2, _TP2, True, ("packed",)),
     Case("1 + PP2, Qwen2.5-VL, packed", "heterogeneous", _ONE, _PP2, True, ("packed",), subject="Qwen2.5-VL"),
+    Case("CP2, packed", "homogeneous", _ONE, _ONE, True, ("packed",), context=2),
 )
 # The rest of the table.
 WIDE = (
@@ -115,6 +125,11 @@ WIDE = (
     Case("PP2, Qwen2.5-VL", "homogeneous", _PP2, _PP2, True, subject="Qwen2.5-VL"),
     Case("TP2 SP, settings by module", "homogeneous", _TP2, _TP2, True, ("rates", "sequence_parallel")),
     Case("DP2, frozen language model, distributed", "homogeneous", _DP2, _DP2, True, ("frozen_language", *_SHARED)),
+    Case("CP2", "homogeneous", _ONE, _ONE, True, context=2),
+    Case("TP2 SP CP2", "homogeneous", _TP2, _TP2, True, ("sequence_parallel",), context=2),
+    Case("CP2 PP2, packed, tied embeddings", "homogeneous", _PP2, _PP2, True, ("packed",), "tied", context=2),
+    Case("CP2 DP2, packed, distributed", "homogeneous", _DP2, _DP2, True, ("packed", *_SHARED), context=2),
+    Case("CP2, mixture of experts", "homogeneous", _ONE, _ONE, True, subject="experts", context=2),
     Case("encoder DP2, language TP2", "colocated", _DP2, _TP2),
     Case(
         "encoder TP2, language DP2 EP2, mixture of experts", "colocated", _TP2, _DP2, True, subject="experts", experts=2

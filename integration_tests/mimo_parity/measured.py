@@ -12,7 +12,7 @@ from mimo_parity.subjects import SUBJECTS
 STEPS, MICROBATCHES, SAMPLES = 3, 2, 4
 _SIZES = {"steps": STEPS, "microbatches": MICROBATCHES, "samples": SAMPLES}
 # Settings that change what is computed, not only where.
-_MEANT = ("frozen", "frozen_language", "rates", "packed")
+_MEANT = ("frozen", "frozen_language", "rates")
 
 
 def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
@@ -23,7 +23,12 @@ def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
     for case in cases:
         if _key(case) not in references:
             references[_key(case)] = train_transformers(
-                case.subject, folder / case.subject, uneven=case.uneven, settings=case.settings, **_SIZES
+                case.subject,
+                folder / case.subject,
+                uneven=case.uneven,
+                packing=case.packing,
+                settings=case.settings,
+                **_SIZES,
             )
     found: dict[str, Distance] = {}
     for ranks in sorted({case.ranks for case in cases}):
@@ -38,7 +43,7 @@ def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
 
 
 def _key(case: Case) -> object:
-    return case.subject, case.uneven, frozenset(case.settings) & {*_MEANT}
+    return case.subject, case.uneven, case.packing, frozenset(case.settings) & {*_MEANT}
 
 
 def _worst(found: Sequence[Distance]) -> Distance:

@@ -18,14 +18,15 @@ step and the weights after the last one (all relative), the last two compared by
 export right after the import gives every weight back bit for bit at every placement. Every run of the tests measures
 some of the lines; it allows {FP32.loss:.0e} for losses and norms, {FP32.logits:.0e} for the rest.
 
-`TP2`, `PP2`, `DP2` are sizes of tensor, pipeline and data parallelism, `SP` is sequence parallelism. `1 + PP2` is an
-encoder on one rank and a language model on two others. `distributed` is the distributed optimizer with overlapped
-gradient reduction; its gradients are sharded and not compared one by one. `settings by module` are another learning
-rate and weight decay for the tower and for the projector, AdamW's parameter groups in the reference. The `mixture of
-experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers' LLaVA lacks.
+`TP2`, `PP2`, `DP2`, `CP2` are sizes of tensor, pipeline, data and context parallelism, `SP` is sequence parallelism.
+`1 + PP2` is an encoder on one rank and a language model on two others. `distributed` is the distributed optimizer with
+overlapped gradient reduction; its gradients are sharded and not compared one by one. `settings by module` are another
+learning rate and weight decay for the tower and for the projector, AdamW's parameter groups in the reference. The
+`mixture of experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers'
+LLaVA lacks.
 
 `packed` samples are of several documents each, with 0 to 2 images in a document; transformers' model is run on every
-document by itself.
+document by itself. With `CP2` their lengths are multiples of four.
 
 In `bf16` both sides compute in bfloat16 and keep master weights in float32. They differ by rounding: {BF16.logits:.0e}
 is allowed for logits and gradients, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for

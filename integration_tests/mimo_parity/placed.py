@@ -46,7 +46,7 @@ def train_placed(
     optimizer = _optimizer(case, provider, model)
 
     def part(number: int) -> dict[str, Any]:
-        whole = batch(case.subject, number, samples, uneven=case.uneven, packed="packed" in case.settings)
+        whole = batch(case.subject, number, samples, uneven=case.uneven, packing=case.packing)
         return part_of(whole, encoder, *loading_place(model.module_groups))
 
     def data(step: int) -> Iterator[Any]:

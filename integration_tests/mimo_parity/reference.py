@@ -40,23 +40,24 @@ class Outcome:
     logits: Tensor
 
 
-def batch(subject: str, number: int, samples: int, *, uneven: bool, packed: bool = False) -> dict[str, Any]:
+def batch(subject: str, number: int, samples: int, *, uneven: bool, packing: int = 0) -> dict[str, Any]:
     """One global micro-batch of random text and images.
 
-    With `uneven` there are 0 to 2 images in a sample, else one in each; `packed` samples are of several documents.
+    With `uneven` there are 0 to 2 images in a sample, else one in each; with `packing` samples are of several
+    documents, whose lengths are multiples of it.
     """
-    if packed:
-        return _packed(subject, number, samples)
+    if packing:
+        return _packed(subject, number, samples, packing)
     return _whole(subject, samples, SEQUENCE, torch.Generator().manual_seed(1000 + number), uneven=uneven)
 
 
-def _packed(subject: str, number: int, samples: int) -> dict[str, Any]:
+def _packed(subject: str, number: int, samples: int, multiple: int) -> dict[str, Any]:
     from megatron.bridge.mimo import PackedSamples, collate
 
     draw = torch.Generator().manual_seed(1000 + number)
     documents = []
     for length in (35, 30, 26, 25, 22, 21, 19, 12, 10, 7, 5):
-        whole = _whole(subject, 1, length, draw, uneven=True)
+        whole = _whole(subject, 1, -(-length // multiple) * multiple, draw, uneven=True)
         texts = {name: value[0] for name, value in whole.items() if name != "modality_inputs"}
         inputs = whole["modality_inputs"] if int(whole["modality_inputs"]["images"]["items"]) else {}
         documents.append(texts | {"modality_inputs": inputs})
@@ -114,6 +115,7 @@ def train_transformers(
     steps: int,
     microbatches: int,
     samples: int,
+    packing: int = 0,
     settings: tuple[str, ...] = (),
 ) -> Outcome:
     """Train transformers' model by torch alone; bfloat16 weights with masters in float32.
@@ -121,7 +123,7 @@ def train_transformers(
     Args:
         subject: the model.
         folder: of it.
-        uneven: see `batch`.
+        uneven, packing: see `batch`.
         steps, microbatches, samples: optimizer steps, micro-batches in each, samples in each of them.
         settings: see `Case`.
     """
@@ -129,12 +131,11 @@ def train_transformers(
     frozen = (*(_TOWERS if "frozen" in settings else ()), *(_LANGUAGE if "frozen_language" in settings else ()))
     for name, each in model.named_parameters():
         each.requires_grad_(not (frozen and name.startswith(frozen)))
-    packed = "packed" in settings
 
     def parts(number: int) -> list[dict[str, Any]]:
         """What the model is run on by itself."""
-        whole = batch(subject, number, samples, uneven=uneven, packed=packed)
-        return [*documents_of(whole)] if packed else [whole]
+        whole = batch(subject, number, samples, uneven=uneven, packing=packing)
+        return [*documents_of(whole)] if packing else [whole]
 
     with torch.no_grad():
         rows = [logits(model, each).flatten(0, 1) for each in parts(0)]

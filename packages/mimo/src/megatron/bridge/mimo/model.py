@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
+from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from megatron.bridge.conversion.live_weights import unwrap
+from megatron.bridge.mimo.context_parts import ContextParts
 from megatron.bridge.mimo.documents import bounds_in_one_row, one_row
 from megatron.bridge.mimo.module_groups import LANGUAGE, ModuleGroups
 from megatron.bridge.mimo.places import PLACES, places_of
@@ -40,6 +42,8 @@ class BridgeMimoModel(MimoModel):
         shared: the modules share their groups; encoders stand on the first pipeline stage.
         deciding: the encoder that decides the positions of tokens, and its name, whether it is on this rank or not.
     """
+
+    partition_adapter: PartitionAdapter | None
 
     def __init__(
         self,
@@ -68,6 +72,8 @@ class BridgeMimoModel(MimoModel):
                 cp_group=None if own is None else own.cp,
                 tp_group=None if own is None else own.tp,
             )
+        if self.partition_adapter is not None:
+            self.partition_adapter = ContextParts(self.partition_adapter.cfg)
         self.model_type = ModelType.encoder_or_decoder
         self.pg_collection = own
 
@@ -149,7 +155,8 @@ class BridgeMimoModel(MimoModel):
 
         Returns:
             On the last stage of the language model the loss of each token [samples, sequence] (logits without labels)
-            and the loss mask; on other ranks what the next stage is sent, by module.
+            and the loss mask, where sequences are divided of this rank's part (see `ContextParts`); on other ranks what
+            the next stage is sent, by module.
         """
         given = {name: dict((modality_inputs or {}).get(name) or {}) for name in self.modality_submodules}
         for name, inputs in given.items():

@@ -70,12 +70,12 @@ def _encoder_problems(provider: "MimoProvider") -> Iterator[str]:
 
 
 def _layout_problems(provider: "MimoProvider") -> Iterator[str]:
+    for name in provider.deciding if provider.llm_layout.context_parallel != 1 else ():
+        yield (
+            f"context_parallel={provider.llm_layout.context_parallel}: {name!r} decides the positions of tokens, which "
+            "are not divided among ranks; set context_parallel=1"
+        )
     for name, layout in provider.placement.module_parallelisms.items():
-        if layout.context_parallel != 1:
-            yield (
-                f"{name!r}: context_parallel={layout.context_parallel}: features are put among the embeddings of whole "
-                "sequences; set context_parallel=1"
-            )
         if name in provider.encoders and provider.placement.mode == "heterogeneous" and layout.pipeline_parallel != 1:
             yield (
                 f"{name!r}: pipeline_parallel={layout.pipeline_parallel}: an encoder's layers are not divided; set "

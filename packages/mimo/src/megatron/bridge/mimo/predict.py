@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.conversion.context_chunks import in_order, packed_in_order
+from megatron.bridge.mimo.documents import BOUNDS, bounds_in_one_row
 from megatron.bridge.mimo.module_groups import LANGUAGE
 from megatron.bridge.mimo.slices import own_batch
 from megatron.bridge.mimo.step import moved
@@ -35,7 +37,9 @@ def logits(runtime: "MimoRuntime", batches: "Sequence[Mapping[str, Any]]") -> "l
     def step(data_iterator: Iterator[Any], model: "BridgeMimoModel") -> tuple[Any, Callable[..., Any]]:
         own = moved(own_batch(model, next(data_iterator)))
         own.pop("labels", None)
-        return model(**own)[0], lambda output, non_loss_data: output
+        language = runtime.modules[LANGUAGE]
+        # Asked for on the language model's last stage alone.
+        return model(**own)[0], lambda output, **_: _whole(output, own.get(BOUNDS), length, language.here.cp)
 
     samples, length = batches[0]["tokens"].shape
     with torch.no_grad():
@@ -56,6 +60,20 @@ def logits(runtime: "MimoRuntime", batches: "Sequence[Mapping[str, Any]]") -> "l
     whole = [gather_from_tensor_model_parallel_region(each, group=tensor) for each in found]
     # Packed samples come as one row.
     return [each[..., : language.unpadded_vocab_size].unflatten(1, (-1, length)).flatten(0, 1) for each in whole]
+
+
+def _whole(part: "Tensor", bounds: "Tensor | None", length: int, group: Any) -> "Tensor":
+    """Logits of whole sequences, from what each context-parallel rank has of them [rows, tokens / CP, ...]."""
+    import torch
+
+    if group.size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, part.contiguous(), group=group)
+    if bounds is None:
+        return in_order(parts, 1)
+    rows = packed_in_order(bounds_in_one_row(bounds, length)[0].tolist(), group.size())
+    return torch.cat(parts, 1).index_select(1, rows.to(part.device))
 
 
 class TokenAccuracy(Callback):
