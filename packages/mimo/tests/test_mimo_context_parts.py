@@ -42,7 +42,7 @@ def parts(length: int, bounds: list[int] | None = None) -> list[Any]:
 
 
 def test_each_rank_has_the_same_work_in_every_document() -> None:
-    assert parts(8) == parts(8, [0, 8]) == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert parts(8, [0, 8]) == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert parts(12, [0, 4, 12]) == [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]
 
 
