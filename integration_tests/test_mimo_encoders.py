@@ -271,6 +271,12 @@ def test_packed_text_is_refused_before_any_process_group_exists() -> None:
 def test_positions_that_images_decide_are_not_divided_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config({name: {"context_parallel": 2} for name in ALONE})
     cfg.validate(2)
+    cfg.model.language.seq_length = LENGTH + 1
+    with pytest.raises(
+        BridgeError, match="model.seq_length=25 is not divided by 2 x model.context_parallel_size=2; 24"
+    ):
+        cfg.validate(2)
+    cfg.model.language.seq_length = LENGTH
     monkeypatch.setattr(type(cfg.model.encoders["images"]), "decides_positions", True)
     with pytest.raises(
         BridgeError, match="context_parallel=2: 'images' decides the positions of tokens, which are not"

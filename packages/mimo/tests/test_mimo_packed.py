@@ -211,3 +211,15 @@ def test_bounds_that_do_not_divide_the_sample_are_refused(bounds: list[list[int]
         checked_bounds(torch.tensor(bounds), torch.zeros(2, LENGTH))
     with pytest.raises(BridgeError, match=r"cu_seqlens of shape \[3\] must be \[2 samples, documents \+ 1\]"):
         checked_bounds(torch.tensor([0, 7, 12]), torch.zeros(2, LENGTH))
+
+
+def test_documents_are_filled_up_for_ranks_that_share_them() -> None:
+    packed = PackedSamples(DOCUMENTS, LENGTH, pad=PAD, multiple=4)
+    samples = [packed[index] for index in range(len(packed))]
+    assert {int(bound) % 4 for sample in samples for bound in sample["cu_seqlens"]} == {0}
+    trained = torch.cat([sample["labels"][sample["loss_mask"] > 0] for sample in samples])
+    own = torch.cat([each["labels"][each["loss_mask"] > 0] for each in DOCUMENTS])
+    assert trained.sort().values.equal(own.sort().values)
+    assert packed.efficiency == sum(length for length, _ in SIZES) / (LENGTH * len(packed))
+    with pytest.raises(BridgeError, match="sequence_length=12 is no multiple of 8, which documents are filled .* 8 wo"):
+        PackedSamples(DOCUMENTS, LENGTH, multiple=8)

@@ -40,8 +40,14 @@ def build_split(
     if not config.packed:
         return samples
     assert config.sequence_length is not None
-    lengths, seed = samples.lengths(), config.random_seed
-    return PackedSamples(samples, config.sequence_length, lengths=lengths, seed=seed, pad=samples.pad)
+    return PackedSamples(
+        samples,
+        config.sequence_length,
+        lengths=samples.lengths(),
+        seed=config.random_seed,
+        pad=samples.pad,
+        multiple=context.document_multiple,
+    )
 
 
 class ImageTextSamples(Dataset[dict[str, Any]]):

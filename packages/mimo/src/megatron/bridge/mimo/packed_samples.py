@@ -32,9 +32,11 @@ class PackedSamples(Dataset[dict[str, Any]]):
         lengths: tokens of each document; None reads all samples of `dataset` once to know.
         seed: of the order of samples, and of which documents of one length share one; None keeps the dataset's order.
         pad: id that fills up; it must not stand for an item.
+        multiple: what each document is filled up to a multiple of; context-parallel ranks cut it into twice as many
+            chunks as they are.
 
     Raises:
-        BridgeError: there is no document, or one that is longer than a sample.
+        BridgeError: there is no document, or one that is longer than a sample; or samples are no such multiple.
     """
 
     collate = staticmethod(collate)
@@ -47,22 +49,29 @@ class PackedSamples(Dataset[dict[str, Any]]):
         lengths: Sequence[int] | None = None,
         seed: int | None = 1234,
         pad: int = 0,
+        multiple: int = 1,
     ) -> None:
         self.dataset, self.sequence_length, self.pad = dataset, sequence_length, pad
         if lengths is None:
             lengths = [len(dataset[index]["tokens"]) for index in range(len(dataset))]
         if len(lengths) != len(dataset):
             raise BridgeError(f"lengths has {len(lengths)} numbers for {len(dataset)} samples; give one for each")
+        if sequence_length % multiple:
+            raise BridgeError(
+                f"sequence_length={sequence_length} is no multiple of {multiple}, which documents are filled up to; "
+                f"{max(sequence_length // multiple, 1) * multiple} would do"
+            )
         self._lengths = np.asarray(lengths, np.int64)
+        self._filled = -(-self._lengths // multiple) * multiple
         self._documents = _order(len(lengths), seed)
-        self.packs = pack(self._lengths[self._documents], sequence_length)
+        self.packs = pack(self._filled[self._documents], sequence_length)
         self._samples = _order(len(self.packs), seed)
         self.notices = [f"{len(lengths):,} samples in {len(self.packs):,} packs, {self.efficiency:.1%} full"]
 
     @property
     def efficiency(self) -> float:
         """Which part of the samples is no padding, from 0 to 1."""
-        return self.packs.efficiency
+        return float(self._lengths.sum()) / (len(self.packs) * self.sequence_length)
 
     def documents(self, index: int) -> list[int]:
         """Numbers in the dataset of the documents of a sample, in their order."""
@@ -96,7 +105,8 @@ class PackedSamples(Dataset[dict[str, Any]]):
                 f"sample {number} has {shapes}; a document of {length} tokens needs {', '.join(_TEXTS[:3])}, each "
                 f"[{length}]"
             )
-        return document
+        fill = self._padding(int(self._filled[number]) - length)
+        return document | {name: torch.cat([document[name], fill[name]]) for name in _TEXTS}
 
     def _padding(self, length: int) -> dict[str, Tensor]:
         fill = torch.full((length,), self.pad)
