@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from pathlib import Path
 from platform import libc_ver
 
 import pytest
@@ -263,6 +265,26 @@ def test_unequal_parts_are_gathered_scattered_and_exchanged():
         assert torch.equal(gathered, whole)
         assert torch.equal(scattered, own * 6)
         assert torch.equal(exchanged, torch.cat([own] * 3))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
+def test_groups_share_one_network_device():
+    def work():
+        dist = torch.distributed
+        alone = [dist.new_group([rank]) for rank in (0, 1, 0, 1)]
+        together = [dist.new_group([0, 1], timeout=timedelta(seconds=40 + index)) for index in range(3)]
+        sums = []
+        for group in (alone[dist.get_rank()], *together):
+            sums.append(torch.tensor([dist.get_rank() + 1.0]))
+            dist.all_reduce(sums[-1], group=group)
+        threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in together]
+        return [int(each) for each in sums], threads.count("gloo_tcp_loop"), timeouts
+
+    for rank, (sums, event_loops, timeouts) in enumerate(run_ranks(2, work)):
+        assert sums == [rank + 1, 3, 3, 3]
+        assert event_loops == 1
+        assert timeouts == [timedelta(seconds=40 + index) for index in range(3)]
 
 
 def test_work_beyond_its_memory_limit_fails_and_the_limit_is_taken_back():

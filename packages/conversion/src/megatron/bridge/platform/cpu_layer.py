@@ -11,7 +11,7 @@ Tested with Megatron-Core 0.19; what is replaced:
 - streams, events and NVTX ranges do nothing: a CPU has one queue, in program order;
 - CUDA random state is the default generator's;
 - `Tensor.type()` answers `torch.cuda.FloatTensor`, since the optimizers select parameters by that string;
-- process groups asked for with `nccl` use gloo;
+- process groups asked for with `nccl` use gloo, and all of a process's share its network device;
 - `all_gather`, `reduce_scatter` and `all_to_all_single` take unequal parts as they do with NCCL.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.platform import uneven_collectives
+from megatron.bridge.platform.gloo_device import with_shared_devices
 
 _DTYPES = ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Short", "Byte", "Bool")
 _NO_EFFECT = [
@@ -294,6 +295,8 @@ def _redirect_process_groups() -> None:
     _replace(dist, "barrier", barrier_without_devices)
     for name in ("all_gather", "reduce_scatter", "all_to_all_single"):
         _replace(dist, name, getattr(uneven_collectives, name)(getattr(dist, name)))
+    gloo = distributed_c10d.ProcessGroupGloo
+    _replace(gloo, "__init__", with_shared_devices(gloo.__init__))
 
 
 def _cpu_autocast_class() -> type:

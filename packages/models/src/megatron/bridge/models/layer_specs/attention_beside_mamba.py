@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.models.layer_specs.mamba_mixer import CONVOLUTION_KEYS, TorchMambaMixer
+from megatron.bridge.models.layer_specs.rotary_cpu import RotarySelfAttention
 from megatron.bridge.models.mamba_beside_attention import MambaBesideAttention
 
 
@@ -21,7 +22,7 @@ def with_mamba(layer: TransformerLayerSubmodules, beside: MambaBesideAttention) 
         BridgeError: the layer has attention of another kind.
     """
     attention = layer.self_attention
-    if attention.module is not SelfAttention:
+    if attention.module not in (SelfAttention, RotarySelfAttention):
         raise BridgeError(f"a Mamba mixer stands beside plain self-attention only, not beside {attention.module}")
     params = {**(attention.params or {}), "beside": beside}
     keys = {f"self_attention.{own}": f"self_attention.{key}" for own, key in CONVOLUTION_KEYS.items()}
@@ -32,7 +33,7 @@ def with_mamba(layer: TransformerLayerSubmodules, beside: MambaBesideAttention) 
     )
 
 
-class AttentionBesideMamba(SelfAttention):
+class AttentionBesideMamba(RotarySelfAttention):
     """Self-attention and a mixer, in a layer's place for attention."""
 
     def __init__(self, *args: Any, beside: MambaBesideAttention, **kwargs: Any) -> None:

@@ -12,7 +12,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-NORMS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
+from megatron.bridge.models.layer_specs.rms_norm_cpu import RMSNorm
+
+NORMS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": RMSNorm}
 
 
 class ZeroCenteredRMSNorm(nn.RMSNorm):

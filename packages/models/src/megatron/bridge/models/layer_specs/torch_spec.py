@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,6 +15,7 @@ from megatron.bridge.models.layer_specs.decoder_block import is_mixture_of_exper
 from megatron.bridge.models.layer_specs.gated_attention import GatedSelfAttention
 from megatron.bridge.models.layer_specs.gated_mlp import GatedMLP
 from megatron.bridge.models.layer_specs.norms import NORMS, torch_norm
+from megatron.bridge.models.layer_specs.rotary_cpu import RotarySelfAttention
 from megatron.bridge.models.layer_specs.sdpa_attention import SDPAttention
 from megatron.bridge.models.layer_specs.variant_attention import VariantAttention
 
@@ -79,6 +81,8 @@ def with_torch_modules(layer: TransformerLayerSubmodules, config: TransformerCon
     attention = dataclasses.replace(attention, submodules=modules)
     if config.attention_output_gate:
         attention = dataclasses.replace(attention, module=GatedSelfAttention)
+    elif attention.module is SelfAttention:
+        attention = dataclasses.replace(attention, module=RotarySelfAttention)
     mlp = layer.mlp
     if not is_mixture_of_experts(layer):
         mlp = functools.partial(GatedMLP.as_mlp_submodule, *mlp.args, **mlp.keywords)
