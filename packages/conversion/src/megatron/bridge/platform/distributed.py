@@ -145,7 +145,7 @@ def barrier() -> None:
 def destroy_model_parallel() -> None:
     """Take down Megatron's groups with the threads and sockets behind them, so that other groups can be built.
 
-    Megatron-Core forgets its groups only, and each of gloo's keeps threads that wake up a hundred times a second.
+    Megatron-Core forgets its groups only, and each of gloo's keeps threads and sockets.
     """
     import sys
 
