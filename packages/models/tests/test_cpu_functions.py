@@ -15,8 +15,6 @@ from megatron.bridge.models.layer_specs.rms_norm_cpu import RMSNorm
 from megatron.bridge.models.layer_specs.rotary_cpu import rotate
 from megatron.bridge.testing import run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these functions are for machines without CUDA")
-
 
 def random(*shape: int, grad: bool = True) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
@@ -115,6 +113,7 @@ def model_functions(**changes: Any) -> set[str]:
 OWN = {"_RMSNormBackward", "_RotationBackward", "_GateAndUpBackward", "_GatedActivationOfPartsBackward"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a model is on the GPU where there is one")
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
