@@ -1,24 +1,47 @@
-"""PEFT of a MIMO model: what stays and what is trained beside the language model's adapters, and peft's folder of all."""
+"""PEFT by module: one method adapts the language model, others encoders; all else stays, but for what is named."""
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge import platform
-from megatron.bridge.conversion.hf_adapter import AdapterFiles, gathered_adapter
-from megatron.bridge.conversion.joined_adapters import joined
-from megatron.bridge.conversion.live_weights import ADAPTERS, is_adapter_weight
-from megatron.bridge.conversion.peft_names import PeftNames
-from megatron.bridge.conversion.rank_agreement import gather, on_every_rank
-from megatron.bridge.errors import BridgeError
-from megatron.bridge.mimo.conversion import language_half
-from megatron.bridge.mimo.encoder_adapters import as_in_table
-from megatron.bridge.mimo.module_groups import LANGUAGE
+from megatron.bridge.conversion.live_weights import is_adapter_weight
+from megatron.bridge.conversion.rank_agreement import on_every_rank
+from megatron.bridge.errors import BridgeError, did_you_mean
 from megatron.bridge.mimo.module_settings import PROJECTOR
+from megatron.bridge.peft import PEFT
+from megatron.bridge.peft.layer_method import TOWER, LayerMethod
 
 if TYPE_CHECKING:
-    from megatron.bridge.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.mimo.encoder_module import EncoderModule
     from megatron.bridge.mimo.model import BridgeMimoModel
+    from megatron.bridge.mimo.provider import MimoProvider
+
+
+def encoder_adapter_problems(provider: "MimoProvider") -> Iterator[str]:
+    """What is wrong with the adapters of encoders, apart from the methods' own settings."""
+    for name, method in provider.adapters.items():
+        where = f"adapters[{name!r}]"
+        if name not in provider.encoders:
+            yield f"{where}: {_no_encoder(provider, name)}"
+        elif not isinstance(method, PEFT):
+            yield f"{where}={method!r} is no PEFT method; give an object such as LoRA()"
+        elif isinstance(method, LayerMethod) and not method.serves_plain_layers:
+            yield f"{where}: {type(method).__name__} has no adapters for the layers of towers; use LoRA or DoRA there"
+        elif provider.encoders[name].frozen:
+            yield f"{where}: the encoder is frozen, and so would its adapters be; leave frozen out"
+        if name in provider.trained_beside_adapters:
+            yield (
+                f"{where} keeps the encoder's weights, and trained_beside_adapters trains them; keep one of both, or "
+                f"name {name + PROJECTOR!r} there"
+            )
+
+
+def _no_encoder(provider: "MimoProvider", name: str) -> str:
+    encoder = name.removesuffix(PROJECTOR)
+    if name == provider.placement.llm_module_name:
+        return "that is the language model, whose method is the run's (peft)"
+    if encoder in provider.encoders:
+        return f"name the projector's layers in target_modules of adapters[{encoder!r}]"
+    return f"no such encoder{did_you_mean(name, provider.encoders)}; there are {', '.join(provider.encoders)}"
 
 
 def adapt_language(method: Any, model: "BridgeMimoModel", trained: Collection[str] = ()) -> None:
@@ -32,6 +55,9 @@ def adapt_language(method: Any, model: "BridgeMimoModel", trained: Collection[st
     Raises:
         BridgeError: the method is refused, or changed nothing.
     """
+    from megatron.bridge.mimo.conversion import language_half
+    from megatron.bridge.mimo.module_groups import LANGUAGE
+
     for name, encoder in model.encoders().items():
         for own, weight in encoder.named_parameters():
             stays = name not in trained and not (encoder.is_projector(own) and name + PROJECTOR in trained)
@@ -43,104 +69,48 @@ def adapt_language(method: Any, model: "BridgeMimoModel", trained: Collection[st
         model.wrap({LANGUAGE: bound.inner})
 
 
-def refuse_adapter_export(bridge: "AutoBridge | None", model: "BridgeMimoModel") -> None:
-    """Refuse what peft's folder cannot hold: what is trained beside adapters, and adapters that differ too much.
-
-    Collective over the world.
-
-    Args:
-        bridge: of the Hugging Face model; None where there is none.
-        model: this rank's modules.
-
-    Raises:
-        BridgeError: names the module.
-    """
-    on_every_rank(lambda: _refuse_trained(model), "the adapter cannot be exported")
-    if bridge is not None:
-        _gathered(bridge, model)
-
-
-def _refuse_trained(model: "BridgeMimoModel") -> None:
-    for name, part in model.parts().items():
-        if any(each.requires_grad and not is_adapter_weight(own) for own, each in part.named_parameters()):
-            raise BridgeError(
-                f"{_called(name)!r} is trained beside the adapters, and peft's folder has no place for it; export the "
-                "merged model (save_hf_pretrained), or train the adapters alone"
-            )
-
-
-def save_hf_adapter(bridge: "AutoBridge", model: "BridgeMimoModel", path: Path, *, overwrite: bool = False) -> Path:
-    """Write the adapters of all modules as one folder of peft, for transformers' whole model. Collective over the world.
+def adapt_encoders(
+    methods: Mapping[str, Any], model: "BridgeMimoModel", bridge: Any, trained: Collection[str] = ()
+) -> None:
+    """Apply a PEFT method to each encoder that has one, before modules are wrapped. Collective over the world.
 
     Args:
-        bridge: of the Hugging Face model.
+        methods: a `megatron.bridge.peft.PEFT` for each encoder by name.
         model: this rank's modules.
-        path: the folder to make.
-        overwrite: replace a folder of weights that is there.
+        bridge: of the Hugging Face model that they are of; None for parts put together.
+        trained: as of `MimoProvider.trained_beside_adapters`; an adapted encoder's projector may be among them.
 
     Raises:
-        BridgeError: there is no adapter, peft cannot hold them, more was trained, or the target cannot be written.
+        BridgeError: a method is refused or changed nothing, or a projector is adapted and trained.
     """
-    refuse_adapter_export(None, model)
-    files = _gathered(bridge, model)
-    writes = platform.rank() == _writer(model)
-    on_every_rank(
-        lambda: files.write(path, overwrite=overwrite) if writes else None, f"export of the adapter to {path} failed"
-    )
-    return path
+
+    def adapt() -> None:
+        for name, encoder in model.encoders().items():
+            if name in methods:
+                _adapt(methods[name], encoder, bridge, trained=name + PROJECTOR in trained)
+
+    on_every_rank(adapt, "adapters of encoders")
 
 
-def _writer(model: "BridgeMimoModel") -> int:
-    return int(model.module_groups[LANGUAGE].grid.rank_offset)
+def _adapt(method: Any, encoder: "EncoderModule", bridge: Any, *, trained: bool) -> None:
+    method([as_in_table(encoder, bridge)], training=True)
+    projector = {name: each for name, each in encoder.named_parameters() if encoder.is_projector(name)}
+    adapted = [name for name in projector if is_adapter_weight(name)]
+    if adapted and (trained or encoder.encoder.frozen_projector):
+        other = f"trained_beside_adapters has {encoder.name + PROJECTOR!r}" if trained else "frozen_projector is set"
+        raise BridgeError(
+            f"adapters[{encoder.name!r}] is on the projector ({adapted[0]}), and {other}; leave the projector's layers "
+            "out (exclude_modules), or the other setting"
+        )
+    for each in projector.values() if trained else ():
+        each.requires_grad_(True)
 
 
-def _gathered(bridge: "AutoBridge", model: "BridgeMimoModel") -> Any:
-    """The adapters of all modules together, on the rank that writes. Collective over the world."""
-    what, parts = "export of the adapter failed", []
-    for name in _adapted_modules(model):
-        source = int(model.module_groups[name].grid.rank_offset)
-        own = on_every_rank(lambda name=name: _of_module(bridge, model, name), what)  # type: ignore[misc]
-        parts.append((_called(name), _handed_on(own, source, _writer(model))))
+def as_in_table(encoder: "EncoderModule", bridge: Any) -> Any:
+    """An encoder as methods and exports take it: by the names of its bridge's weight table, where it has one."""
+    from megatron.bridge.mimo.conversion import encoder_half
 
-    def join() -> Any:
-        return joined(parts, PeftNames(bridge.hf_config)) if platform.rank() == _writer(model) else None
-
-    return on_every_rank(join, what)
-
-
-def _adapted_modules(model: "BridgeMimoModel") -> Sequence[str]:
-    """The modules that have adapters on some rank, the language model first. Collective over the world.
-
-    Raises:
-        BridgeError: none has.
-    """
-    here = [name for name, part in model.parts().items() if any(ADAPTERS in each._modules for each in part.modules())]
-    found = {name for held in gather(here) for name in held}
-    if not found:
-        raise BridgeError("the model has no adapters; apply a PEFT method to it first")
-    return [LANGUAGE] * (LANGUAGE in found) + sorted(found - {LANGUAGE})
-
-
-def _of_module(bridge: "AutoBridge", model: "BridgeMimoModel", name: str) -> AdapterFiles | None:
-    """One module's adapter, with weights on its first rank; None on a rank without the module."""
-    if name not in model.parts():
-        return None
-    half = language_half(model) if name == LANGUAGE else as_in_table(model.encoders()[name], bridge)
-    keeps = platform.rank() == model.module_groups[name].grid.rank_offset
-    return gathered_adapter(bridge, half, None, None, keeps=keeps)
-
-
-def _handed_on(files: Any, source: int, target: int) -> Any:
-    """What the rank `source` has, on the rank `target`."""
-    import torch.distributed as dist
-
-    held = [files]
-    if source != target and platform.rank() == source:
-        dist.send_object_list(held, target)
-    elif source != target and platform.rank() == target:
-        dist.recv_object_list(held, source)
-    return held[0]
-
-
-def _called(name: str) -> str:
-    return "language_model" if name == LANGUAGE else name
+    chunk: Any = encoder if bridge is None else encoder_half(encoder)
+    chunk.bridge, chunk.pg_collection = bridge, encoder.pg_collection
+    setattr(chunk, TOWER, True)
+    return chunk

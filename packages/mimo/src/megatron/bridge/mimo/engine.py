@@ -175,12 +175,12 @@ class MimoEngine(Engine):
         save_hf_pretrained(bridge, model[0], folder, overwrite=overwrite)
 
     def refuse_adapter_export(self, model: list[Any]) -> None:
-        from megatron.bridge.mimo.adapters import refuse_adapter_export
+        from megatron.bridge.mimo.hf_adapter import refuse_adapter_export
 
         refuse_adapter_export(self._provider.bridge, model[0])
 
     def save_hf_adapter(self, bridge: Any, model: list[Any], folder: Path) -> None:
-        from megatron.bridge.mimo.adapters import save_hf_adapter
+        from megatron.bridge.mimo.hf_adapter import save_hf_adapter
 
         save_hf_adapter(bridge, model[0], folder)
 

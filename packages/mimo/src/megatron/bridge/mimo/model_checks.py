@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron.bridge.errors import did_you_mean
-from megatron.bridge.mimo.encoder_adapters import encoder_adapter_problems
+from megatron.bridge.mimo.adapters import encoder_adapter_problems
 from megatron.bridge.mimo.module_settings import PROJECTOR, settings_problems
 from megatron.bridge.mimo.projector import projector_of
 

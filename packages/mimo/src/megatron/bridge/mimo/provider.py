@@ -209,8 +209,8 @@ class MimoProvider:
             BridgeError: the placement, a module or the weights are refused.
         """
         from megatron.bridge import platform
+        from megatron.bridge.mimo.adapters import adapt_encoders
         from megatron.bridge.mimo.conversion import load_hf_weights
-        from megatron.bridge.mimo.encoder_adapters import adapt_encoders
         from megatron.bridge.mimo.wrapping import prepared, with_ddp
 
         platform.initialize_distributed()

@@ -2,8 +2,8 @@
 
 A column-parallel layer holds some of its outputs on each rank, a row-parallel one some of its inputs, an embedding some
 of the vocabulary. With sequence parallelism the other side of the layer holds a part of each sequence. The layers of
-experts leave gathering their inputs and adding up their outputs to the token dispatcher. A layer of torch, in a tower that
-transformers wrote, is whole on every rank.
+experts leave gathering their inputs and adding up their outputs to the token dispatcher. Layers of torch, in towers
+that transformers wrote, are whole on every rank.
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Division:
     """How a layer is divided.
 
     Args:
-        kind: what each rank holds: outputs, inputs, everything (`whole`: of a router, `plain`: of torch's linear layer),
-            or entries of the vocabulary.
+        kind: what each rank holds: outputs, inputs, entries of the vocabulary, or everything: of a router (`whole`), of
+            a linear layer of torch (`plain`).
         inputs, outputs: of the whole layer.
         group: the ranks that divide it; None for a layer that is whole everywhere.
         sequence_parallel: the side that is not divided by `kind` holds a part of each sequence.
@@ -61,7 +61,7 @@ class Division:
         if isinstance(layer, Router):
             experts, hidden = layer.weight.shape
             return cls("whole", hidden, experts, None, bool(getattr(layer.weight, "sequence_parallel", False)))
-        if type(layer) is torch.nn.Linear:  # what is made of it may read its weight past any adapter
+        if type(layer) is torch.nn.Linear:  # what inherits from it may be read past any adapter
             return cls("plain", layer.in_features, layer.out_features, None, False)
         kind = _kind(layer)
         if kind is None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from megatron.bridge.peft.adapter import Adapter, Place
 
 
-# The attribute of a chunk whose linear layers of torch may be targets. Elsewhere they are left alone: there the names of
-# a tower's layers (`q_proj`) stand for those of the language model beside it.
+# The attribute of a chunk whose linear layers of torch may be targets. Elsewhere they are left alone: beside a language
+# model the names of a tower's layers (`q_proj`) stand for those of the language model.
 TOWER = "is_tower"
 
 
@@ -122,7 +122,8 @@ class LayerMethod(PEFT):
     def requirement(self) -> str:
         return (
             f"{type(self).__name__} changes linear layers, embeddings and output layers, and routers when they are "
-            "named; Hugging Face names (q_proj) are known where the model comes from an AutoBridge"
+            "named; Hugging Face names (q_proj) are known where the model comes from an AutoBridge. Towers have "
+            "adapters in models of several modules, by MimoProvider.adapters"
         )
 
     @property
