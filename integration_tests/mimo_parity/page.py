@@ -32,7 +32,7 @@ from the folder that this side wrote; gradients are those of the adapters by the
 the merged model.
 
 `packed` samples are of several documents each, with 0 to 2 images in a document; transformers' model is run on every
-document by itself. With `CP2` their lengths are multiples of four.
+document by itself. Where ranks share sequences, their lengths are multiples of twice the number of these ranks.
 
 In `bf16` both sides compute in bfloat16 and keep master weights in float32. They differ by rounding: {BF16.logits:.0e}
 is allowed for logits and gradients, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for
