@@ -25,8 +25,8 @@ learning rate and weight decay for the tower and for the projector, AdamW's para
 `mixture of experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers'
 LLaVA lacks.
 
-With `adapters` both modules have LoRA, with `DoRA` that: on attention and MLP of the language model, a pair of matrices
-for each of q, k and v, and on attention, MLP and a layer of the projector of the encoder, by other ranks and alphas.
+With `adapters` both modules have LoRA, with `DoRA` they have that: on attention and MLP of the language model, with a
+pair of matrices for each of q, k and v, and on attention, MLP and projector of the encoder, by other ranks and alphas.
 With `adapters on the encoder` the language model is frozen. The reference is Hugging Face peft on transformers' model,
 from the folder that this side wrote; gradients are those of the adapters by the names of peft's files, weights those of
 the merged model.
