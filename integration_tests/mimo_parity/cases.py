@@ -30,8 +30,8 @@ class Case:
         encoder, language: (tensor, pipeline, data) sizes.
         uneven: samples with 0 to 2 images.
         settings: `sequence_parallel`, `distributed`, `overlap`; `frozen` (the tower), `frozen_language`; `rates`, for
-            settings of the optimizer by module; `vit`, for a tower that is Megatron-Core's ViT; `lora`, for adapters on the
-            language model; `packed`, for samples of several documents.
+            settings of the optimizer by module; `vit`, for a tower that is Megatron-Core's ViT; `lora`, for adapters on
+            the language model; `packed`, for samples of several documents.
         subject: the model, of `SUBJECTS`.
         experts: ranks that experts are spread over.
         context: ranks that share a sequence, of every module.
@@ -218,8 +218,8 @@ WIDE = (
     Case("TP2 SP, ViT, distributed", "homogeneous", _TP2, _TP2, True, ("vit", "sequence_parallel", *_SHARED)),
     Case("TP2 PP2, ViT", "homogeneous", _TP2_PP2, _TP2_PP2, True, ("vit",)),
     Case("TP2 CP2, ViT", "homogeneous", _TP2, _TP2, True, ("vit",), context=2),
-    Case("TP2, ViT, bf16", "homogeneous", _TP2, _TP2, True, ("vit",), subject="bf16"),
     Case("encoder DP2, language TP2 SP, ViT", "colocated", _DP2, _TP2, True, ("vit", "sequence_parallel")),
+    Case("encoder TP2, language DP2, ViT, bf16", "colocated", _TP2, _DP2, True, ("vit",), subject="bf16"),
     Case("encoder TP2, language DP2, ViT, packed", "colocated", _TP2, _DP2, True, ("vit", "packed")),
     Case("encoder TP2, language DP2, ViT, settings by module", "colocated", _TP2, _DP2, True, ("vit", "rates")),
     Case("encoder TP2 DP2, language DP4, ViT", "colocated", _TP2_DP2, _DP4, True, ("vit",)),

@@ -174,7 +174,7 @@ def train(
         if step == 0:
             first = {name: each.clone() for name, each in summed.items()}
         for name, each in masters.items():
-            each.grad = None if leaves and trained[name].grad is None else summed[name]
+            each.grad = summed[name] if not leaves or summed[name].any() else None
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(masters.values()), CLIP)))
         optimizer.step()
         for name, each in trained.items():

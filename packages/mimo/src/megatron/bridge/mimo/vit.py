@@ -49,10 +49,19 @@ class ParallelViT(CLIPViTModel):
             pg_collection=groups,
         )
         self.ln_post = None  # transformers takes hidden states before the last norm
+        if kind.class_tokens:
+            # On one axis, as transformers has it: optimizers do not let such weights decay.
+            del self.class_token
+            self.class_embedding = nn.Parameter(torch.empty(hf_config.hidden_size))
         self.unused = _unused(hf_config, layers)
         self.hf_config, self.feature_layers = hf_config, layers
         self.to(config.params_dtype)
         tell_group(self, groups)
+
+    @property
+    def class_token(self) -> Tensor:
+        """As Megatron-Core asks for it, [1, 1, width]."""
+        return self.class_embedding[None, None]
 
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """As transformers' tower.
@@ -107,10 +116,12 @@ def build_vit(
         initialized: give it the weights that transformers draws; otherwise they hold anything until they are loaded.
     """
     layers = layers_before(hf_config, feature_layer)
+    # Before anything else draws random numbers, so that both implementations begin alike.
+    drawn = _model_class(hf_config)._from_config(hf_config, dtype=config.params_dtype) if initialized else None
     vit = ParallelViT(hf_config, layers, vit_config(hf_config, layers, config), groups)
-    if initialized:
-        drawn = TensorsInMemory(_model_class(hf_config)._from_config(hf_config, dtype=config.params_dtype).state_dict())
-        load_weights(vit, WeightTable.of(vit_rules(hf_config, layers)), drawn, "a random tower", groups=groups)
+    if drawn is not None:
+        source, rules = TensorsInMemory(drawn.state_dict()), WeightTable.of(vit_rules(hf_config, layers))
+        load_weights(vit, rules, source, "a random tower", groups=groups)
     return vit
 
 

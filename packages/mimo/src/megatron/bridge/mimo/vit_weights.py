@@ -1,16 +1,10 @@
 """The weights of Megatron-Core's ViT by the names of transformers' towers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.bridge.conversion.table import TREE, WeightRule
-from megatron.bridge.conversion.transforms import Readable, Region, Shape, Transform
 from megatron.bridge.mimo.vit_settings import KINDS
 from megatron.bridge.models.fragments import WEIGHT_AND_BIAS, HFNames, at_layers, attention, plain_mlp, pre_norms
-
-if TYPE_CHECKING:
-    import torch
 
 _NAMES = HFNames(
     layer="encoder.layers.{l}",
@@ -20,25 +14,6 @@ _NAMES = HFNames(
     fc1=("mlp.fc1",),
     fc2="mlp.fc2",
 )
-
-
-@dataclass(frozen=True)
-class LeadingAxes(Transform):
-    """The same tensor behind `count` axes of size one."""
-
-    count: int
-
-    def megatron_shape(self, hf: Sequence[Shape], megatron: Shape) -> Shape:
-        return (*[1] * self.count, *hf[0])
-
-    def hf_shapes(self, megatron: Shape) -> list[Shape]:
-        return [megatron[self.count :]]
-
-    def forward(self, hf: Sequence[Readable], region: Region) -> "torch.Tensor":
-        return hf[0].read(region[self.count :])[(None,) * self.count]
-
-    def inverse(self, megatron: "torch.Tensor") -> "list[torch.Tensor]":
-        return [megatron[(0,) * self.count]]
 
 
 def vit_rules(hf_config: Any, layers: int) -> list[WeightRule]:
@@ -71,7 +46,7 @@ def _embeddings(hf_config: Any) -> list[WeightRule]:
     if not KINDS[hf_config.model_type].class_tokens:
         return [*rules, WeightRule("conv1.bias", f"{patches}.bias")]
     norm = [WeightRule(f"ln_pre.{kind}", f"pre_layrnorm.{kind}") for kind in WEIGHT_AND_BIAS]
-    return [*rules, WeightRule("class_token", "embeddings.class_embedding", LeadingAxes(2)), *norm]
+    return [*rules, WeightRule("class_embedding", "embeddings.class_embedding"), *norm]
 
 
 def _unused(hf_config: Any, layers: int) -> list[WeightRule]:
