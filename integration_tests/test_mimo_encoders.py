@@ -159,6 +159,7 @@ PLACEMENTS: dict[int, list[dict[str, dict[str, int]]]] = {
     2: [
         {"images": {"tensor_parallel": 2}, "sounds": {"data_parallel": 2}, "text": {"data_parallel": 2}},
         {"images": {"data_parallel": 2}, "sounds": {"tensor_parallel": 2}, "text": {"tensor_parallel": 2}},
+        {"images": {"data_parallel": 2}, "sounds": {"tensor_parallel": 2}, "text": {"context_parallel": 2}},
     ],
     3: [{"images": {}, "sounds": {"rank_offset": 1}, "text": {"rank_offset": 2}}],
 }
@@ -268,20 +269,17 @@ def test_packed_text_is_refused_before_any_process_group_exists() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_positions_that_images_decide_are_not_divided_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = config({name: {"context_parallel": 2} for name in ALONE})
+@pytest.mark.parametrize("apart", [{}, {"data_parallel": 2}], ids=["homogeneous", "colocated"])
+def test_a_sequence_that_cannot_be_cut_is_refused_before_any_process_group_exists(apart: dict[str, int]) -> None:
+    sizes = {"context_parallel": 2}
+    cfg = config({name: sizes if name == "text" else apart or sizes for name in ALONE})
     cfg.validate(2)
     cfg.model.language.seq_length = LENGTH + 1
     with pytest.raises(
         BridgeError, match="model.seq_length=25 is not divided by 2 x model.context_parallel_size=2; 24"
     ):
         cfg.validate(2)
-    cfg.model.language.seq_length = LENGTH
-    monkeypatch.setattr(type(cfg.model.encoders["images"]), "decides_positions", True)
-    with pytest.raises(
-        BridgeError, match="context_parallel=2: 'images' decides the positions of tokens, which are not"
-    ):
-        cfg.validate(2)
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_projector_that_does_not_fit_its_tower_is_refused_before_anything_is_built() -> None:

@@ -58,7 +58,7 @@ def test_a_rank_that_fails_is_named_with_its_module_on_every_other(dies: bool, t
 
 
 SHARED = ("distributed", "overlap", "rates")
-COLOCATED = Case("colocated", "colocated", (1, 1, 2), (2, 1, 1), True, SHARED)
+COLOCATED = Case("colocated", "colocated", (1, 1, 4), (2, 1, 1), True, SHARED, context=2)
 ELSEWHERE = Case("apart", "heterogeneous", (1, 1, 1), (1, 2, 1), True, SHARED)
 ALONE = Case("one rank", "homogeneous", (1, 1, 1), (1, 1, 1), True, SHARED)
 
@@ -73,7 +73,7 @@ def test_a_run_goes_on_bitwise_and_at_any_other_placement(tmp_path: Path) -> Non
         train_case(COLOCATED, tmp_path / "hf", stop=2, save=saved)
         return whole, train_case(COLOCATED, tmp_path / "hf", load=saved)
 
-    whole, resumed = run_ranks(2, first, timeout=300)[0]
+    whole, resumed = run_ranks(COLOCATED.ranks, first, timeout=300)[0]
     assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 2}
     assert resumed.valid_loss == whole.valid_loss
     assert all(resumed.weights[name].equal(each) for name, each in whole.weights.items())
@@ -158,10 +158,11 @@ def test_rates_of_modules_go_the_way_of_the_runs(tmp_path: Path) -> None:
 def test_dropout_is_the_same_again_and_does_not_part_tensor_parallel_ranks(tmp_path: Path) -> None:
     save_random_model(llava_config(attention_dropout=0.2), tmp_path / "hf")
     saved = str(tmp_path / "saved")
+    # Each rank encodes the images of other samples, more or fewer of them, before the same part of the language.
+    case = Case("", "colocated", (1, 1, 2), (2, 1, 1), True)
 
     def run(stop: int | None = None, **checkpoint: str) -> Trained:
-        # Each rank encodes the images of other samples, more or fewer of them, before the same part of the language.
-        cfg = run_of(Case("", "colocated", (1, 1, 2), (2, 1, 1), True), tmp_path / "hf", **checkpoint)
+        cfg = run_of(case, tmp_path / "hf", **checkpoint)
         cfg.model.hidden_dropout = cfg.model.attention_dropout = 0.2
         cfg.train.exit_interval = stop
         return trained(cfg)
@@ -170,7 +171,7 @@ def test_dropout_is_the_same_again_and_does_not_part_tensor_parallel_ranks(tmp_p
     assert not whole.parted
     assert whole.losses == stopped.losses | resumed.losses
     assert all(resumed.weights[name].equal(each) for name, each in whole.weights.items())
-    without = run_ranks(2, lambda: train_case(COLOCATED, tmp_path / "hf", stop=1), timeout=300)[0]
+    without = run_ranks(2, lambda: train_case(case, tmp_path / "hf", stop=1), timeout=300)[0]
     assert without.losses[1] != whole.losses[1]
 
 

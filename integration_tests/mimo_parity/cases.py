@@ -34,7 +34,7 @@ class Case:
             the language model; `packed`, for samples of several documents.
         subject: the model, of `SUBJECTS`.
         experts: ranks that experts are spread over.
-        context: ranks that share a sequence, of every module.
+        context: ranks that share a sequence in the language model, and in a homogeneous placement in every module.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Case:
     @property
     def ranks(self) -> int:
         """How many ranks it takes."""
-        sizes = [a * b * c for a, b, c in (self.encoder, self.language)]
-        return sum(sizes) if self.mode == "heterogeneous" else sizes[1] * self.context
+        encoder, language = (a * b * c for a, b, c in (self.encoder, self.language))
+        return language * self.context + (encoder if self.mode == "heterogeneous" else 0)
 
     def placement(self) -> Any:
         """The placement."""
@@ -71,10 +71,8 @@ class Case:
         names = ("tensor_parallel", "pipeline_parallel", "data_parallel")
         encoder = ModuleParallelismConfig(**dict(zip(names, self.encoder, strict=True)))
         language = ModuleParallelismConfig(**dict(zip(names, self.language, strict=True)))
-        language.expert_parallel = self.experts
-        if self.mode == "homogeneous":
-            encoder.expert_parallel = self.experts
-        encoder.context_parallel = language.context_parallel = self.context
+        for each in (encoder, language) if self.mode == "homogeneous" else (language,):
+            each.expert_parallel, each.context_parallel = self.experts, self.context
         if self.mode == "heterogeneous":
             language.rank_offset = encoder.total_ranks
         return MimoParallelismConfig(
@@ -86,7 +84,10 @@ class Case:
 
 _ONE, _TP2, _PP2, _DP2 = (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)
 _TP4, _DP4, _TP2_DP2, _TP2_PP2 = (4, 1, 1), (1, 1, 4), (2, 1, 2), (2, 2, 1)
+_QWEN = "Qwen2.5-VL"
 _SHARED = ("distributed", "overlap")
+_FROZEN, _STILL, _PACKED = ("frozen", *_SHARED), ("frozen_language",), ("packed", *_SHARED)
+_SP_PACKED = ("sequence_parallel", "packed")
 
 # Those of every run of the tests: some of each mode, of one to three ranks.
 QUICK = (
@@ -112,6 +113,8 @@ QUICK = (
     Case("encoder DP2, language TP2, packed", "colocated", _DP2, _TP2, True, ("packed",)),
     Case("1 + PP2, Qwen2.5-VL, packed", "heterogeneous", _ONE, _PP2, True, ("packed",), subject="Qwen2.5-VL"),
     Case("CP2, packed", "homogeneous", _ONE, _ONE, True, ("packed",), context=2),
+    Case("encoder DP2, language CP2, packed", "colocated", _DP2, _ONE, True, ("packed",), context=2),
+    Case("1 + CP2, Qwen2.5-VL", "heterogeneous", _ONE, _ONE, True, subject=_QWEN, context=2),
     Case("TP2, ViT", "homogeneous", _TP2, _TP2, True, ("vit",)),
     Case(
         "encoder TP2, language DP2, ViT of SigLIP, distributed",
@@ -213,6 +216,32 @@ WIDE = (
         ("sequence_parallel", "packed", *_SHARED),
     ),
     Case("DP2 + 1, packed", "heterogeneous", _DP2, _ONE, True, ("packed",)),
+    Case("CP2, Qwen2.5-VL", "homogeneous", _ONE, _ONE, True, subject=_QWEN, context=2),
+    Case("TP2 SP CP2, Qwen2.5-VL, packed", "homogeneous", _TP2, _TP2, True, _SP_PACKED, _QWEN, context=2),
+    Case("CP2 PP2, Qwen2-VL", "homogeneous", _PP2, _PP2, True, subject="Qwen2-VL", context=2),
+    Case("encoder DP2, language CP2", "colocated", _DP2, _ONE, context=2),
+    Case("encoder TP2, language CP2", "colocated", _TP2, _ONE, True, context=2),
+    Case("encoder DP2, language CP2, frozen tower, distributed", "colocated", _DP2, _ONE, True, _FROZEN, context=2),
+    Case("encoder DP2, language CP2, frozen language model", "colocated", _DP2, _ONE, True, _STILL, context=2),
+    Case("encoder DP2, language CP2, bf16", "colocated", _DP2, _ONE, True, subject="bf16", context=2),
+    Case("encoder DP2, language CP2 EP2, mixture of experts", "colocated", _DP2, _ONE, True, (), "experts", 2, 2),
+    Case("encoder DP4, language TP2 SP CP2", "colocated", _DP4, _TP2, True, ("sequence_parallel",), context=2),
+    Case("encoder DP4, language CP2 DP2, packed, distributed", "colocated", _DP4, _DP2, True, _PACKED, context=2),
+    Case("encoder DP4, language CP4, packed", "colocated", _DP4, _ONE, True, ("packed",), context=4),
+    Case("encoder TP2 DP2, language CP2 DP2", "colocated", _TP2_DP2, _DP2, True, context=2),
+    Case("encoder TP4, language CP2 DP2, packed", "colocated", _TP4, _DP2, True, ("packed",), context=2),
+    Case("encoder DP2, language CP2, Qwen2.5-VL", "colocated", _DP2, _ONE, True, (), _QWEN, context=2),
+    Case(
+        "encoder DP4, language TP2 SP CP2, Qwen2.5-VL, packed", "colocated", _DP4, _TP2, True, _SP_PACKED, _QWEN, 1, 2
+    ),
+    Case("1 + CP2", "heterogeneous", _ONE, _ONE, True, context=2),
+    Case("1 + CP2, packed", "heterogeneous", _ONE, _ONE, True, ("packed",), context=2),
+    Case("1 + CP2, frozen language model", "heterogeneous", _ONE, _ONE, True, _STILL, context=2),
+    Case("1 + CP2 EP2, mixture of experts", "heterogeneous", _ONE, _ONE, True, (), "experts", 2, 2),
+    Case("TP2 + CP2", "heterogeneous", _TP2, _ONE, True, context=2),
+    Case("DP2 + CP2, frozen tower, distributed", "heterogeneous", _DP2, _ONE, True, _FROZEN, context=2),
+    Case("DP2 + CP2, packed, distributed", "heterogeneous", _DP2, _ONE, True, _PACKED, context=2),
+    Case("DP2 + CP2, Qwen2.5-VL, packed", "heterogeneous", _DP2, _ONE, True, ("packed",), _QWEN, context=2),
     Case("one rank, ViT", "homogeneous", _ONE, _ONE, True, ("vit",)),
     Case("one rank, ViT of SigLIP", "homogeneous", _ONE, _ONE, True, ("vit",), subject="SigLIP"),
     Case("TP2 SP, ViT, distributed", "homogeneous", _TP2, _TP2, True, ("vit", "sequence_parallel", *_SHARED)),
@@ -222,6 +251,7 @@ WIDE = (
     Case("encoder TP2, language DP2, ViT, bf16", "colocated", _TP2, _DP2, True, ("vit",), subject="bf16"),
     Case("encoder TP2, language DP2, ViT, packed", "colocated", _TP2, _DP2, True, ("vit", "packed")),
     Case("encoder TP2, language DP2, ViT, settings by module", "colocated", _TP2, _DP2, True, ("vit", "rates")),
+    Case("encoder TP2, language CP2, ViT", "colocated", _TP2, _ONE, True, ("vit",), context=2),
     Case("encoder TP2 DP2, language DP4, ViT", "colocated", _TP2_DP2, _DP4, True, ("vit",)),
     Case("TP2 + PP2, ViT, frozen tower", "heterogeneous", _TP2, _PP2, True, ("vit", "frozen")),
     Case("TP2 + TP2 SP, ViT, distributed", "heterogeneous", _TP2, _TP2, True, ("vit", "sequence_parallel", *_SHARED)),

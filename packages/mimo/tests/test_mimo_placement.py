@@ -163,13 +163,13 @@ def test_what_works_is_accepted(placement: MimoParallelismConfig, world_size: in
             id="more ranks than there are",
         ),
         pytest.param(
-            _placement("colocated", images=Layout(data_parallel=4), lm=Layout(context_parallel=2, data_parallel=2)),
+            _placement("colocated", images=Layout(context_parallel=2, data_parallel=2), lm=Layout(context_parallel=4)),
             4,
             [
-                "'lm': context_parallel=2, and colocated modules exchange whole sequences; "
-                "set context_parallel=1 and data_parallel=4 for 'lm'"
+                "'images': context_parallel=2, and in colocated placements the language model's sequences alone are "
+                "divided; set context_parallel=1 and data_parallel=4 for 'images'"
             ],
-            id="context parallelism between modules",
+            id="an encoder's context parallelism",
         ),
         pytest.param(
             _placement("homogeneous", lm=Layout(expert_parallel=3, data_parallel=4)),
@@ -197,13 +197,13 @@ def test_what_cannot_work_is_refused_with_its_module_and_fix(
 def test_everything_is_reported_at_once() -> None:
     placement = _placement(
         "colocated",
-        images=Layout(pipeline_parallel=2, rank_offset=1),
+        images=Layout(pipeline_parallel=2, context_parallel=4, rank_offset=1),
         audio=Layout(tensor_parallel=3),
         lm=Layout(tensor_parallel=4, context_parallel=2, expert_parallel=5),
     )
     lines = _refused(placement, 4)
     named = [line.split("'")[1] for line in lines]
-    assert named == ["lm", "images", "images", "images", "audio", "lm", "lm"]
+    assert named == ["lm", "images", "images", "images", "audio", "lm", "images"]
 
 
 @pytest.mark.parametrize("value", ["2", 2.0, True, None, -1])

@@ -120,6 +120,17 @@ def test_a_pipeline_over_modules_is_as_slow_as_its_slowest_stage() -> None:
         assert each.seconds >= sum(each.pass_seconds.values())
 
 
+def test_long_sequences_are_divided_and_encoders_are_not() -> None:
+    question = asked("8xH100", 4, SEVEN.replace(seq_length=32768))
+    for mode, proposals in best(question, 2).items():
+        for each in proposals:
+            each.placement.finalize(8)
+            sizes = {name: layout.context_parallel for name, layout in each.placement.module_parallelisms.items()}
+            assert sizes[LANGUAGE] == each.layout.context
+            assert sizes["images"] == (each.layout.context if mode == "homogeneous" else 1)
+        assert any(each.layout.context > 1 for each in proposals)
+
+
 def test_what_does_not_fit_or_divide_is_refused() -> None:
     big = SEVEN.replace(num_layers=96, hidden_size=12288, ffn_hidden_size=32768, num_attention_heads=96)
     with pytest.raises(BridgeError, match=r"placement fits 8xH100: the smallest, .* takes .* GB per device"):

@@ -69,7 +69,7 @@ def _assert_named(error: PlacementError) -> None:
 def _all_pairs(world_size: int, sizes: tuple[int, ...]) -> Iterator[tuple[ModuleParallelismConfig, ...]]:
     for tp, pp, cp, dp, offset in itertools.product(sizes, (1, 2), (1, 2), sizes, (0, 2)):
         if tp * pp * cp * dp <= world_size:
-            for other in itertools.product(sizes, sizes):
+            for other in itertools.product(sizes, sizes, (1, 3)):
                 yield (
                     ModuleParallelismConfig(
                         tensor_parallel=tp,
@@ -78,7 +78,9 @@ def _all_pairs(world_size: int, sizes: tuple[int, ...]) -> Iterator[tuple[Module
                         data_parallel=dp,
                         rank_offset=offset,
                     ),
-                    ModuleParallelismConfig(tensor_parallel=other[0], data_parallel=other[1]),
+                    ModuleParallelismConfig(
+                        tensor_parallel=other[0], data_parallel=other[1], context_parallel=other[2]
+                    ),
                 )
 
 
@@ -86,15 +88,18 @@ def _core_accepts(layouts: tuple[ModuleParallelismConfig, ...]) -> bool:
     from megatron.core.hyper_comm_grid import HyperCommGrid
     from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 
+    from megatron.bridge.mimo.uneven_bridges import of_whole_sequences
+
     communicator = object.__new__(ColocatedBridgeCommunicator)
     axes = ("tensor_parallel", "context_parallel", "data_parallel", "pipeline_parallel")
     try:
-        communicator.src_grid, communicator.dest_grid = (
+        communicator.src_grid, own = (
             HyperCommGrid(
                 [getattr(each, axis) for axis in axes], ["tp", "cp", "dp", "pp"], rank_offset=each.rank_offset
             )
             for each in layouts
         )
+        communicator.dest_grid = of_whole_sequences(own)
         communicator._validate_grids()
     except (ValueError, RuntimeError):
         return False

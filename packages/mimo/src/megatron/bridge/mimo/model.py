@@ -8,7 +8,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
-from megatron.core.models.mimo.partition.utils import PartitionAdapter
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,11 +15,11 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from megatron.bridge.conversion.live_weights import unwrap
-from megatron.bridge.mimo.context_parts import ContextParts
+from megatron.bridge.mimo.context_parts import ContextParts, with_whole_gradients
 from megatron.bridge.mimo.documents import bounds_in_one_row, one_row
 from megatron.bridge.mimo.module_groups import LANGUAGE, ModuleGroups
 from megatron.bridge.mimo.places import PLACES, places_of
-from megatron.bridge.mimo.uneven_bridges import UnevenColocated
+from megatron.bridge.mimo.uneven_bridges import UnevenColocated, of_whole_sequences
 from megatron.bridge.training.gpt_step import packed_documents
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class BridgeMimoModel(MimoModel):
         deciding: the encoder that decides the positions of tokens, and its name, whether it is on this rank or not.
     """
 
-    partition_adapter: PartitionAdapter | None
+    partition_adapter: ContextParts | None
 
     def __init__(
         self,
@@ -166,6 +165,8 @@ class BridgeMimoModel(MimoModel):
             packing = vars(packed_documents(bounds_in_one_row(cu_seqlens, input_ids.shape[1])))
             rows = (one_row(each) for each in (input_ids, position_ids, loss_mask, labels))
             input_ids, position_ids, loss_mask, labels = rows  # type: ignore[assignment]
+        elif self.partition_adapter is not None and position_ids is not None and position_ids.dim() > 2:
+            position_ids = self.partition_adapter.positions(position_ids)
         if self._shared and not self.role.is_first_stage(LANGUAGE):
             output, loss_mask = self._forward_language_module(
                 input_ids, position_ids, attention_mask, loss_mask, labels, None, packing
@@ -210,13 +211,32 @@ class BridgeMimoModel(MimoModel):
         for name in () if self._shared else self.mimo_config.modality_submodules_spec:
             self.colocated_comms[name, LANGUAGE] = UnevenColocated(
                 src_grid=self.module_groups[name].grid,
-                dest_grid=self.module_groups[LANGUAGE].grid,
+                dest_grid=of_whole_sequences(self.module_groups[LANGUAGE].grid),
                 src_module_name=name,
                 dest_module_name=LANGUAGE,
                 dim_mapping={"b": 0, "h": 1},
             )
 
     # --- how features find their places
+
+    def get_text_embeddings(
+        self, input_ids: Tensor, position_ids: Tensor | None, special_token_ids: dict[str, int]
+    ) -> Tensor:
+        """Megatron-Core's. Positions in several axes turn queries and keys alone, and are this rank's part by now."""
+        if position_ids is not None and position_ids.dim() > 2:
+            position_ids = None
+        found: Tensor = super().get_text_embeddings(input_ids, position_ids, special_token_ids)
+        return found
+
+    def align_embeddings_by_token_positions(
+        self, modality_embeddings: dict[str, Tensor], input_ids: Tensor, special_token_ids: dict[str, int]
+    ) -> Tensor:
+        """Megatron-Core's, with a way back for features of encoders that have ranks of their own."""
+        context = self.module_groups[LANGUAGE].here.cp
+        if not self._shared and context.size() > 1:
+            modality_embeddings = with_whole_gradients(modality_embeddings, context)
+        found: Tensor = super().align_embeddings_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+        return found
 
     def _tell_rows(self, name: str, input_ids: Tensor, places: Tensor | None) -> None:
         bridge = self.colocated_comms.get((name, LANGUAGE))

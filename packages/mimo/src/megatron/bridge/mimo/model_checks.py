@@ -72,11 +72,6 @@ def _encoder_problems(provider: "MimoProvider") -> Iterator[str]:
 
 
 def _layout_problems(provider: "MimoProvider") -> Iterator[str]:
-    for name in provider.deciding if provider.llm_layout.context_parallel != 1 else ():
-        yield (
-            f"context_parallel={provider.llm_layout.context_parallel}: {name!r} decides the positions of tokens, which "
-            "are not divided among ranks; set context_parallel=1"
-        )
     for name, layout in provider.placement.module_parallelisms.items():
         if name in provider.encoders and provider.placement.mode == "heterogeneous" and layout.pipeline_parallel != 1:
             yield (

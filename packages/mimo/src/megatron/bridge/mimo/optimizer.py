@@ -86,7 +86,7 @@ def module_state(
     tensors, present = extract_matching_values(state, _kept_apart)
     add_prefix_for_sharding(tensors, f"optimizer.{name}.")
     groups = info.pg_collection
-    copy = (groups.pp.rank(), groups.tp.rank(), groups.dp.rank())
+    copy = (groups.pp.rank(), groups.tp.rank(), groups.dp_cp.rank())
     rest = ShardedObject(f"optimizer.{name}.rest", present, (1,), (0,), replica_id=copy)
     return {"tensors": tensors, "rest": rest}, present
 

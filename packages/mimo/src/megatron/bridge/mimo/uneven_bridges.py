@@ -10,10 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.colocated_communicator import BridgeDirection, ColocatedBridgeCommunicator
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from torch import Tensor
+
+
+def of_whole_sequences(grid: HyperCommGrid) -> HyperCommGrid:
+    """A module's grid as Megatron-Core's communicators take it, which know no context parallelism.
+
+    Ranks that share sequences get all features of them, as tensor-parallel ranks do; in a grid they are neighbours.
+    """
+    sizes = dict(zip(grid.dim_names, grid.shape, strict=True))
+    sizes |= {"tp": sizes["tp"] * sizes["cp"], "cp": 1}
+    return HyperCommGrid([*sizes.values()], [*sizes], rank_offset=grid.rank_offset)
 
 
 class UnevenBridge(BridgeCommunicator):
@@ -51,7 +62,7 @@ class UnevenPipeline(MultiModulePipelineCommunicator):
                 self.bridge_comms.append(
                     UnevenBridge(
                         src_grid=grid,
-                        dest_grid=self.module_to_grid_map[target],
+                        dest_grid=of_whole_sequences(self.module_to_grid_map[target]),
                         dim_mapping=self.dim_mapping,
                         comm_dtype=self.config.pipeline_dtype,
                         src_module_name=source,

@@ -194,8 +194,11 @@ def _span(ranks: range) -> str:
 def _communicators(layouts: "Layouts", llm: str, mode: str) -> Iterator[Violation]:
     """What Megatron-Core's communicators between modules ask for."""
     for name, each in layouts.items():
-        if each.context_parallel != 1:
-            problem = f"{name!r}: context_parallel={each.context_parallel}, and {mode} modules exchange whole sequences"
+        if each.context_parallel != 1 and name != llm:
+            problem = (
+                f"{name!r}: context_parallel={each.context_parallel}, and in {mode} placements the language model's "
+                "sequences alone are divided"
+            )
             yield Violation("context", name, problem)
     if llm not in layouts:
         return

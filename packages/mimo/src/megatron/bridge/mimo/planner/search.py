@@ -109,7 +109,7 @@ def plans(question: MimoQuestion) -> Iterator[MimoPlan]:
             left = question.cluster.count - sum(taken.values())
             own = dataclasses.replace(question.language, cluster=Cluster(left, question.cluster.device))
             for layout in candidates(own.shape, own.cluster, own.global_batch):
-                if layout.context == 1 and layout.virtual == 1 and (layout.pipeline == 1 or mode != "colocated"):
+                if layout.virtual == 1 and (layout.pipeline == 1 or mode != "colocated"):
                     yield from _with_and_without(question, own, mode, taken, layout)
 
 
@@ -168,6 +168,7 @@ def _placement(
     language = ModuleParallelismConfig(
         tensor_parallel=layout.tensor,
         pipeline_parallel=layout.pipeline,
+        context_parallel=layout.context,
         expert_parallel=layout.expert,
         data_parallel=replicas,
         rank_offset=sum(taken.values()),
