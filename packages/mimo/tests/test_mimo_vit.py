@@ -10,11 +10,14 @@ import transformers
 from megatron.bridge import AutoBridge
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo import MimoParallelismConfig, ModuleParallelismConfig
+from megatron.bridge.mimo.sharded_parts import sharded_state
 from megatron.bridge.mimo.towers import ClipTower, SiglipTower
 from megatron.bridge.mimo.vision_half import VisionHalf
 from megatron.bridge.mimo.vit import ParallelViT
 from megatron.bridge.testing import run_ranks
 
+# Imported once, before ranks are forked.
+WARM = (transformers.CLIPVisionModel, transformers.SiglipVisionModel, transformers.LlavaNextModel)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"image_size": 28, "patch_size": 7}
 TOWERS = [
@@ -37,8 +40,8 @@ def seen(tower: Any, pixels: torch.Tensor, config: Any, groups: Any) -> tuple[to
     return found.detach(), leaf.grad
 
 
-def compared(towers: list[Any]) -> list[tuple[float, float]]:
-    """How far each tower is from transformers', of the same random weights; called on every rank."""
+def placed() -> tuple[Any, Any]:
+    """Configuration and groups of an encoder that all ranks divide."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron.bridge import platform
@@ -52,15 +55,23 @@ def compared(towers: list[Any]) -> list[tuple[float, float]]:
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=ranks, kv_channels=1, tensor_model_parallel_size=ranks
     )
+    return config, groups["images"].here
+
+
+def compared(towers: list[Any]) -> list[tuple[float, float]]:
+    """How far each tower is from transformers', of the same random weights; called on every rank."""
+    config, groups = placed()
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(3))
     apart = []
     for tower in towers:
         tower.implementation = "transformers"
-        theirs = seen(tower, pixels, config, groups["images"].here)
+        theirs = seen(tower, pixels, config, groups)
         tower.implementation = "megatron"
-        ours = seen(tower, pixels, config, groups["images"].here)
+        ours = seen(tower, pixels, config, groups)
         with pytest.raises(BridgeError, match=r"images of \(28, 35\) pixels in a tower for \(28, 28\); resize them"):
-            seen(tower, torch.zeros(1, 3, 28, 35), config, groups["images"].here)
+            seen(tower, torch.zeros(1, 3, 28, 35), config, groups)
+        with pytest.raises(BridgeError, match="has no option 'interpolate_pos_encoding' .True.; use impl"):
+            tower.build_on(config, groups, initialized=False)(pixels, interpolate_pos_encoding=True)
         apart.append(tuple(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)))
     return apart
 
@@ -111,3 +122,27 @@ def test_halves_with_other_towers_are_refused(config: Any, told: str) -> None:
     bridge = AutoBridge.from_hf_config(config(architectures=[architecture]))
     (problem,) = VisionHalf.of(bridge, implementation="megatron").problems(1)
     assert re.search(told, problem), problem
+
+
+def state_of_half() -> dict[str, tuple[int, ...]]:
+    """Shapes of the checkpoint of LLaVA-NeXT's half, which has a weight of its own beside the tower."""
+    config, groups = placed()
+    made = transformers.LlavaNextConfig(
+        architectures=["LlavaNextForConditionalGeneration"],
+        vision_config=SIZES | {"model_type": "clip_vision_model"},
+        text_config={"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1},
+    )
+    half = VisionHalf.of(AutoBridge.from_hf_config(made), implementation="megatron")
+    module = half.build_on(config, groups, initialized=False)
+    state = sharded_state(module, "x.", (), {"dp_cp_group": groups.dp_cp}, groups.tp)
+    weights = {name for name in module.state_dict() if not name.endswith("_extra_state")}
+    assert {f"x.{name}" for name in weights} <= state.keys()
+    return {name: state[f"x.{name}"].global_shape for name in weights}
+
+
+def test_checkpoints_hold_divided_weights_whole() -> None:
+    one, two = (run_ranks(ranks, state_of_half, timeout=200)[0] for ranks in (1, 2))
+    assert one == two
+    assert one["image_newline"] == (64,)
+    assert one["vision_tower.decoder.layers.1.mlp.linear_fc1.weight"] == (2, 48, 32)
+    assert one["vision_tower.unused.encoder.layers.2.mlp.fc1.weight"] == (48, 32)

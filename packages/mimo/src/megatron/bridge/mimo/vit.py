@@ -1,5 +1,6 @@
 """CLIP's and SigLIP's towers as Megatron-Core's ViT, which tensor-parallel ranks divide among them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +81,7 @@ class ParallelViT(CLIPViTModel):
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        for name in (name for name, value in options.items() if value and name not in _ASKS_FOR_OUTPUTS):
+        for name in _meant(options) - {"output_hidden_states", "return_dict"}:
             raise BridgeError(
                 f"Megatron-Core's ViT has no option {name!r} ({options[name]!r}); use implementation='transformers'"
             )
@@ -95,7 +96,8 @@ class ParallelViT(CLIPViTModel):
         return BaseModelOutputWithPooling(hidden_states=tuple(states))
 
 
-_ASKS_FOR_OUTPUTS = ("output_hidden_states", "return_dict")
+def _meant(options: Mapping[str, Any]) -> set[str]:
+    return {name for name, value in options.items() if value is not None and value is not False}
 
 
 def build_vit(

@@ -50,6 +50,7 @@ def _embeddings(hf_config: Any) -> list[WeightRule]:
 
 
 def _unused(hf_config: Any, layers: int) -> list[WeightRule]:
+    pools = not KINDS[hf_config.model_type].class_tokens and getattr(hf_config, "vision_use_head", True)
     names = [f"encoder.layers.{number}" for number in range(layers, hf_config.num_hidden_layers)]
-    names += ["post_layernorm", *(["head"] if getattr(hf_config, "vision_use_head", False) else [])]
+    names += ["post_layernorm", *(["head"] if pools else [])]
     return [WeightRule(f"unused.{name}{TREE}", f"{name}{TREE}") for name in names]
