@@ -12,7 +12,7 @@ from mimo_parity.subjects import SUBJECTS
 STEPS, MICROBATCHES, SAMPLES = 3, 2, 4
 _SIZES = {"steps": STEPS, "microbatches": MICROBATCHES, "samples": SAMPLES}
 # Settings that change what is computed, not only where.
-_MEANT = ("frozen", "frozen_language", "rates")
+_MEANT = ("frozen", "frozen_language", "rates", "vit")
 
 
 def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
