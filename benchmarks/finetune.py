@@ -81,6 +81,7 @@ def bridge_loop(folder: Path, args: argparse.Namespace) -> tuple[Step, Any, list
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.wrapping import with_ddp
     from megatron.bridge.peft import LoRA
+    from megatron.bridge.training.fused_update import fuse_updates
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
@@ -89,6 +90,7 @@ def bridge_loop(folder: Path, args: argparse.Namespace) -> tuple[Step, Any, list
     (model,) = with_ddp(bare, bare[0].config, None)
     settings = OptimizerConfig(optimizer="adam", lr=RATE, weight_decay=0.0, clip_grad=1.0)
     optimizer = get_megatron_optimizer(settings, [model])
+    fuse_updates(optimizer)  # as our training loop does
     data = rows(args.batch, args.length, args.vocabulary)
     positions = torch.arange(args.length)[None]
 
