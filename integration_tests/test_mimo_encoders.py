@@ -78,7 +78,7 @@ class MixedData(DatasetProvider):
 
 
 def encoders(published: bool) -> dict[str, Encoder]:
-    """A tower and `Waves`; or, as `published`, a tower with a pixel shuffle and Whisper's with a resampler."""
+    """A tower and `Waves`; or, as `published`, a divided tower with a pixel shuffle and Whisper's with a resampler."""
     from megatron.bridge.mimo.projectors import PixelShuffle, Resampler
     from megatron.bridge.mimo.towers import SiglipTower, WhisperTower
 
@@ -89,8 +89,10 @@ def encoders(published: bool) -> dict[str, Encoder]:
     whisper = {"num_mel_bins": 4, "max_source_positions": 8, "d_model": 16, "encoder_layers": 1}
     whisper |= {"encoder_attention_heads": 2, "encoder_ffn_dim": 32}
     few = Resampler(latents=4, depth=1, heads=2, head_dim=8, query_groups=1, intermediate_size=32)
+    larger = sizes | {"image_size": 16}
+    shuffle = PixelShuffle(norm=True)
     return {
-        "images": SiglipTower(token_id=IMAGE, hf_config=sizes | {"image_size": 16}, projector=PixelShuffle(norm=True)),
+        "images": SiglipTower(token_id=IMAGE, hf_config=larger, projector=shuffle, implementation="megatron"),
         "sounds": WhisperTower(token_id=SOUND, hf_config=whisper, projector=few),
     }
 
@@ -249,6 +251,12 @@ def test_problems_of_modules_are_told_together_before_anything_is_built() -> Non
     provider.encoders["sounds"] = provider.encoders.pop("video")
     with pytest.raises(BridgeError, match="fp16=True: modules would each have a loss scale of their own; use bf16"):
         provider.finalize(1)
+
+
+def test_a_tower_that_its_ranks_do_not_divide_is_refused_before_anything_is_built() -> None:
+    provider = config({name: {"tensor_parallel": 4} for name in ALONE}, published=True).model
+    with pytest.raises(BridgeError, match="'images': tensor_parallel=4 does not divide num_attention_heads=2 of its"):
+        provider.finalize(4)
 
 
 def test_a_batch_that_a_module_cannot_divide_is_refused_by_the_configuration() -> None:

@@ -97,6 +97,27 @@ def test_a_run_goes_on_bitwise_and_at_any_other_placement(tmp_path: Path) -> Non
             assert (weights[name] - each).abs().max() < 1e-5, name
 
 
+DIVIDED = Case("divided", "colocated", (2, 1, 1), (1, 1, 2), True, ("vit", *SHARED))
+WHOLE = Case("apart, whole", "heterogeneous", (1, 1, 1), (1, 1, 1), True, ("vit", *SHARED))
+
+
+@pytest.mark.timeout(600)
+def test_a_divided_tower_goes_on_bitwise_and_undivided(tmp_path: Path) -> None:
+    save_random_model(llava_config(), tmp_path / "hf")
+    saved = str(tmp_path / "saved")
+
+    def work() -> list[Trained]:
+        whole = train_case(DIVIDED, tmp_path / "hf", save=saved, save_interval=2)
+        return [whole, *(train_case(case, tmp_path / "hf", load=saved, ckpt_step=2) for case in (DIVIDED, WHOLE))]
+
+    whole, resumed, undivided = run_ranks(2, work, timeout=400)[0]
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 2}
+    assert undivided.losses == pytest.approx(resumed.losses, abs=1e-5)
+    for name, each in whole.weights.items():
+        assert resumed.weights[name].equal(each), name
+        assert (undivided.weights[name] - each).abs().max() < 1e-5, name
+
+
 def test_rates_of_modules_go_the_way_of_the_runs(tmp_path: Path) -> None:
     save_random_model(llava_config(), tmp_path / "hf")
     own = ModuleOptimizerConfig(lr=4e-3, min_lr=2e-5, weight_decay=0.3)

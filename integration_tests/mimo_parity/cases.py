@@ -30,8 +30,9 @@ class Case:
         encoder, language: (tensor, pipeline, data) sizes.
         uneven: samples with 0 to 2 images.
         settings: `sequence_parallel`, `distributed`, `overlap`; `frozen` (the tower), `frozen_language`; `rates`, for
-            settings of the optimizer by module; `adapters` and `dora`, for adapters on both modules,
-            `encoder_adapters`, for such on the encoder alone; `packed`, for samples of several documents.
+            settings of the optimizer by module; `vit`, for a tower that is Megatron-Core's ViT; `adapters` and `dora`,
+            for adapters on both modules, `encoder_adapters`, for such on the encoder alone; `packed`, for samples of
+            several documents.
         subject: the model, of `SUBJECTS`.
         experts: ranks that experts are spread over.
         context: ranks that share a sequence in the language model, and in a homogeneous placement in every module.
@@ -115,6 +116,17 @@ QUICK = (
     Case("CP2, packed", "homogeneous", _ONE, _ONE, True, ("packed",), context=2),
     Case("encoder DP2, language CP2, packed", "colocated", _DP2, _ONE, True, ("packed",), context=2),
     Case("1 + CP2, Qwen2.5-VL", "heterogeneous", _ONE, _ONE, True, subject=_QWEN, context=2),
+    Case("TP2, ViT", "homogeneous", _TP2, _TP2, True, ("vit",)),
+    Case(
+        "encoder TP2, language DP2, ViT of SigLIP, distributed",
+        "colocated",
+        _TP2,
+        _DP2,
+        True,
+        ("vit", *_SHARED),
+        subject="SigLIP",
+    ),
+    Case("TP2 + 1, ViT", "heterogeneous", _TP2, _ONE, True, ("vit",)),
     Case("encoder TP2, language DP2, DoRA", "colocated", _TP2, _DP2, True, ("dora",)),
     Case("DP2 + 1, DoRA", "heterogeneous", _DP2, _ONE, True, ("dora",)),
 )
@@ -233,6 +245,20 @@ WIDE = (
     Case("DP2 + CP2, frozen tower, distributed", "heterogeneous", _DP2, _ONE, True, _FROZEN, context=2),
     Case("DP2 + CP2, packed, distributed", "heterogeneous", _DP2, _ONE, True, _PACKED, context=2),
     Case("DP2 + CP2, Qwen2.5-VL, packed", "heterogeneous", _DP2, _ONE, True, ("packed",), _QWEN, context=2),
+    Case("one rank, ViT", "homogeneous", _ONE, _ONE, True, ("vit",)),
+    Case("one rank, ViT of SigLIP", "homogeneous", _ONE, _ONE, True, ("vit",), subject="SigLIP"),
+    Case("TP2 SP, ViT, distributed", "homogeneous", _TP2, _TP2, True, ("vit", "sequence_parallel", *_SHARED)),
+    Case("TP2 PP2, ViT", "homogeneous", _TP2_PP2, _TP2_PP2, True, ("vit",)),
+    Case("TP2 CP2, ViT", "homogeneous", _TP2, _TP2, True, ("vit",), context=2),
+    Case("encoder DP2, language TP2 SP, ViT", "colocated", _DP2, _TP2, True, ("vit", "sequence_parallel")),
+    Case("encoder TP2, language DP2, ViT, bf16", "colocated", _TP2, _DP2, True, ("vit",), subject="bf16"),
+    Case("encoder TP2, language DP2, ViT, packed", "colocated", _TP2, _DP2, True, ("vit", "packed")),
+    Case("encoder TP2, language DP2, ViT, settings by module", "colocated", _TP2, _DP2, True, ("vit", "rates")),
+    Case("encoder TP2, language CP2, ViT", "colocated", _TP2, _ONE, True, ("vit",), context=2),
+    Case("encoder TP2 DP2, language DP4, ViT", "colocated", _TP2_DP2, _DP4, True, ("vit",)),
+    Case("TP2 + PP2, ViT, frozen tower", "heterogeneous", _TP2, _PP2, True, ("vit", "frozen")),
+    Case("TP2 + TP2 SP, ViT, distributed", "heterogeneous", _TP2, _TP2, True, ("vit", "sequence_parallel", *_SHARED)),
+    Case("DP2 + 1, ViT of SigLIP", "heterogeneous", _DP2, _ONE, True, ("vit",), subject="SigLIP"),
     Case("encoder DP2, language TP2 SP, adapters", "colocated", _DP2, _TP2, True, ("adapters", "sequence_parallel")),
     Case("DP2 + 1, adapters on the encoder", "heterogeneous", _DP2, _ONE, True, ("encoder_adapters",)),
     Case("PP2, adapters", "homogeneous", _PP2, _PP2, True, ("adapters",)),

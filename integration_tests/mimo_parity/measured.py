@@ -13,7 +13,7 @@ from mimo_parity.subjects import SUBJECTS
 STEPS, MICROBATCHES, SAMPLES = 3, 2, 4
 _SIZES = {"steps": STEPS, "microbatches": MICROBATCHES, "samples": SAMPLES}
 # Settings that change what is computed, not only where.
-_MEANT = ("frozen", "frozen_language", "rates", *METHODS)
+_MEANT = ("frozen", "frozen_language", "rates", "vit", *METHODS)
 
 
 def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:

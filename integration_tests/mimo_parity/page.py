@@ -34,6 +34,10 @@ the merged model.
 `packed` samples are of several documents each, with 0 to 2 images in a document; transformers' model is run on every
 document by itself. Where ranks share sequences, their lengths are multiples of twice the number of these ranks.
 
+A `ViT` is Megatron-Core's, which the encoder's tensor-parallel ranks divide; `of SigLIP`, where LLaVA takes the last
+layer of that tower. Other towers are transformers' own modules, whole on every rank. Weights that no feature depends on
+are left alone in a `ViT`, as torch leaves them; elsewhere they decay in the reference too, as in Megatron-Core.
+
 In `bf16` both sides compute in bfloat16 and keep master weights in float32. They differ by rounding: {BF16.logits:.0e}
 is allowed for logits and gradients, {BF16.loss:.0e} for losses, {BF16.norm:.0e} for norms, {BF16.weight:.0e} for
 weights.

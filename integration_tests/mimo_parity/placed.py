@@ -125,7 +125,8 @@ def provider_of(case: Case, folder: Path) -> Any:
     """What builds the case's model."""
     from megatron.bridge.mimo import MimoProvider, ModuleOptimizerConfig
 
-    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement())
+    tower = "megatron" if "vit" in case.settings else "transformers"
+    provider = MimoProvider.from_hf_pretrained(str(folder), case.placement(), tower_implementation=tower)
     provider.language.sequence_parallel = "sequence_parallel" in case.settings
     provider.encoders["images"].frozen = "frozen" in case.settings
     provider.frozen_language = "frozen_language" in case.settings

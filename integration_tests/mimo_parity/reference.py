@@ -147,7 +147,7 @@ def train_transformers(
     batches = [
         [part for each in range(microbatches) for part in parts(step * microbatches + each)] for step in range(steps)
     ]
-    losses, norms, first = train(model, batches, by_module="rates" in settings)
+    losses, norms, first = train(model, batches, by_module="rates" in settings, leaves="vit" in settings)
     if start is not None:
         model = model.merge_and_unload()
     named = dict(model.named_parameters())
@@ -160,9 +160,16 @@ def train_transformers(
 
 
 def train(
-    model: Any, batches: Sequence[Sequence[dict[str, Any]]], *, by_module: bool = False
+    model: Any, batches: Sequence[Sequence[dict[str, Any]]], *, by_module: bool = False, leaves: bool = False
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Train the parameters that ask for gradients on the batches of each step.
+
+    Args:
+        model: transformers'.
+        batches: of each step.
+        by_module: with the settings of `RATES`.
+        leaves: a weight that no feature depends on is left alone, as torch does; otherwise it decays, as
+            Megatron-Core's optimizer has it.
 
     Returns:
         Losses, norms of the gradients, and the gradients of the first step.
@@ -176,7 +183,7 @@ def train(
         if step == 0:
             first = {name: each.clone() for name, each in summed.items()}
         for name, each in masters.items():
-            each.grad = summed[name]
+            each.grad = summed[name] if not leaves or summed[name].any() else None
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(masters.values()), CLIP)))
         optimizer.step()
         for name, each in trained.items():

@@ -18,6 +18,7 @@ _CLIP = {
     **{"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "image_size": 28, "patch_size": 7, "num_channels": 3},
 }
+_SIGLIP = _CLIP | {"model_type": "siglip_vision_model"}
 _QWEN = {
     **{"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 64},
     **{"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -48,7 +49,7 @@ class Subject:
 
 
 def llava_config(
-    *, tied: bool = False, text: dict[str, Any] | None = None, dtype: str = "float32", **tower: float
+    *, tied: bool = False, text: dict[str, Any] | None = None, dtype: str = "float32", **tower: Any
 ) -> Any:
     """Two layers each; every image is 16 features."""
     from transformers import LlavaConfig
@@ -61,6 +62,13 @@ def llava_config(
         dtype=dtype,
     )
     config.architectures = ["LlavaForConditionalGeneration"]
+    return config
+
+
+def _siglip_config() -> Any:
+    """LLaVA on the last layer of SigLIP's tower, which has a head that LLaVA does not use."""
+    config = llava_config(**_SIGLIP)
+    config.vision_feature_layer, config.vision_feature_select_strategy = -1, "full"
     return config
 
 
@@ -106,6 +114,7 @@ SUBJECTS = {
     "tied": Subject(lambda: llava_config(tied=True), _pictures),
     "bf16": Subject(lambda: llava_config(dtype="bfloat16"), _pictures),
     "experts": Subject(mixtral_config, _pictures),
+    "SigLIP": Subject(_siglip_config, _pictures),
     "Qwen2-VL": Subject(lambda: _qwen_config("2", _OLDER_TOWER), _grids),
     "Qwen2.5-VL": Subject(_qwen_config, _grids),
 }

@@ -19,6 +19,7 @@ from megatron.bridge.conversion.save import save_export
 from megatron.bridge.conversion.table import WeightTable
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.module_groups import LANGUAGE
+from megatron.bridge.mimo.vit import with_vit_rules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,8 @@ def load_hf_weights(
         for name, half in _halves(model).items():
             part = _Part(source, _belongs(table, name == LANGUAGE))
             groups = model.module_groups[name].here
-            load_weights(half, _rules(table, name == LANGUAGE), part, f"import of {what}, {name!r}", groups=groups)
+            rules = with_vit_rules(_rules(table, name == LANGUAGE), half)
+            load_weights(half, rules, part, f"import of {what}, {name!r}", groups=groups)
 
     on_every_rank(fill, f"import of {what} failed")
 
@@ -114,8 +116,9 @@ class MimoExport:
         self.hf_shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for name in [*(each for each in model.module_groups if each != LANGUAGE), LANGUAGE]:
-            rules, groups = _rules(table, name == LANGUAGE), model.module_groups[name].groups
+            groups = model.module_groups[name].groups
             if name in halves:
+                rules = with_vit_rules(_rules(table, name == LANGUAGE), halves[name])
                 what = f"export of {name!r}"
                 self._exporters[name] = Exporter(halves[name], rules, what, process_groups=groups)
             self._describe(name)

@@ -8,7 +8,6 @@ import torch
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from megatron.bridge import platform
@@ -16,6 +15,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.encoders import Encoder, Inputs
 from megatron.bridge.mimo.places import ITEMS, PLACES, refuse_misplaced
 from megatron.bridge.mimo.projector import projector_of
+from megatron.bridge.mimo.sharded_parts import sharded_state
 from megatron.bridge.models.vision_half import nothing_of
 
 TOWER = "tower"
@@ -33,7 +33,7 @@ class EncoderModule(ModalitySubmodules):
         name: of the modality, in messages.
         encoder: what it is made of.
         config: what Megatron-Core asks of a module's configuration.
-        tower: from `encoder.build`.
+        tower: from `encoder.build_on`.
         projector: to the language model's width; None where the encoder has one.
         groups: of the module's layout.
     """
@@ -140,7 +140,7 @@ class EncoderModule(ModalitySubmodules):
             for name, module in container.named_children():
                 where = f"{prefix}{kind}.{name}."
                 tensor = self.pg_collection.tp
-                state |= sharded_state_dict_default(module, where, sharded_offsets, own, tp_group=tensor)
+                state |= sharded_state(module, where, sharded_offsets, own, tensor)
         return state
 
 

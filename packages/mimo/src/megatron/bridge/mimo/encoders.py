@@ -1,7 +1,7 @@
 """What an encoder is to a MIMO model, and the group under which packages offer their own."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from megatron.bridge.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch import Tensor
 
@@ -21,8 +22,8 @@ type Inputs = Mapping[str, Tensor]
 class Encoder(ABC):
     """One modality's encoder: how it is built and what goes through it. Subclass it as a dataclass.
 
-    Its module is alike on every tensor-parallel rank of its layout. What goes in are items (images, clips), one after
-    another along the first axis of every input unless `take` says otherwise.
+    Its module is alike on every tensor-parallel rank of its layout, unless `build_on` divides it. What goes in are
+    items (images, clips), one after another along the first axis of every input unless `take` says otherwise.
 
     Attributes:
         token_id: the token that stands for one feature.
@@ -54,6 +55,16 @@ class Encoder(ABC):
     @abstractmethod
     def build(self, config: "TransformerConfig", *, initialized: bool) -> "torch.nn.Module":
         """The module, on the CPU, in `config.params_dtype`; with random weights where `initialized`."""
+
+    def build_on(
+        self, config: "TransformerConfig", groups: "ProcessGroupCollection", *, initialized: bool
+    ) -> "torch.nn.Module":
+        """The module at its place: `build`'s, or one that is divided over the tensor-parallel group of `groups`."""
+        return self.build(config, initialized=initialized)
+
+    def problems(self, tensor_parallel: int) -> Iterator[str]:
+        """What is wrong with the settings where so many ranks divide the module, each with its remedy."""
+        yield from ()
 
     @abstractmethod
     def encode(self, module: "torch.nn.Module", inputs: Inputs) -> "Sequence[Tensor]":

@@ -63,6 +63,8 @@ def _encoders_and_projectors(provider: "MimoProvider") -> list[str]:
 def _encoder_problems(provider: "MimoProvider") -> Iterator[str]:
     hidden = provider.language.hidden_size
     for name, encoder in provider.encoders.items():
+        ranks = provider.placement.module_parallelisms[name].tensor_parallel
+        yield from (f"{name!r}: {problem}" for problem in encoder.problems(ranks))
         if not encoder.projects:
             problems = projector_of(encoder.projector).problems(encoder.features_per_item)
             yield from (f"{name!r}: {problem}" for problem in problems)

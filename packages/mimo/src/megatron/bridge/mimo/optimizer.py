@@ -15,6 +15,7 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerIn
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
 from megatron.bridge.mimo.module_settings import ModuleOptimizerConfig, module_overrides
+from megatron.bridge.training.fused_update import fuse_updates
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def build_optimizer(
                 use_gloo_process_groups=False,
                 pg_collection=place.here,
             )
+            fuse_updates(made)
         infos[name] = ModuleOptimizerInfo(made, place.grid, place.groups, part is not None)
     return MimoOptimizer(infos, settings)
 

@@ -69,13 +69,20 @@ class MimoProvider:
 
     @classmethod
     def from_hf_pretrained(
-        cls, path_or_id: "str | Path | AutoBridge", placement: MimoParallelismConfig, **changes: Any
+        cls,
+        path_or_id: "str | Path | AutoBridge",
+        placement: MimoParallelismConfig,
+        *,
+        tower_implementation: str = "transformers",
+        **changes: Any,
     ) -> "MimoProvider":
         """A Hugging Face vision-language model, taken apart: its modality is the one encoder of the placement.
 
         Args:
             path_or_id: a folder or hub id, or its bridge.
             placement: of the encoder and the language model.
+            tower_implementation: `transformers`, or `megatron` for one that tensor parallelism divides; see
+                `VisionHalf.implementation`.
             changes: other values for fields of the language model's provider.
 
         Raises:
@@ -85,7 +92,7 @@ class MimoProvider:
         from megatron.bridge.mimo.vision_half import VisionHalf
 
         bridge = path_or_id if isinstance(path_or_id, AutoBridge) else AutoBridge.from_hf_pretrained(path_or_id)
-        encoder = VisionHalf.of(bridge)
+        encoder = VisionHalf.of(bridge, implementation=tower_implementation)
         names = [name for name in placement.module_parallelisms if name != placement.llm_module_name]
         if len(names) != 1:
             raise BridgeError(f"the model has one vision half, and the placement has the encoders {names}; name one")
@@ -265,7 +272,7 @@ class MimoProvider:
 
         _seed(place, seed)
         encoder, config = self.encoders[name], self._encoder_config(name, place.layout)
-        tower = encoder.build(config, initialized=not self.loads_weights)
+        tower = encoder.build_on(config, place.here, initialized=not self.loads_weights)
         projector = None
         if not encoder.projects:
             kind = projector_of(encoder.projector)

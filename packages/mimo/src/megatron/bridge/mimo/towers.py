@@ -1,7 +1,7 @@
 """Towers of transformers: CLIP (arXiv:2103.00020), SigLIP (arXiv:2303.15343) and Whisper's (arXiv:2212.04356)."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron.bridge.mimo.encoders import Encoder, Inputs
+from megatron.bridge.mimo.vit_settings import MEGATRON, TRANSFORMERS, implementation_problems, vit_problems
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -44,9 +46,12 @@ class VisionTower(Tower):
 
     Attributes:
         feature_layer: whose hidden states are the features, as transformers counts; -1 for the last one's.
+        implementation: `transformers`, whole on each tensor-parallel rank; or `megatron`, Megatron-Core's ViT, which
+            they divide. It begins with the same weights, and has checkpoints of its own.
     """
 
     feature_layer: int = -1
+    implementation: str = TRANSFORMERS
     # How many tokens before those of the patches the tower has.
     others: ClassVar[int] = 0
 
@@ -63,6 +68,20 @@ class VisionTower(Tower):
         """Features of one image."""
         config = self._config()
         return int((config.image_size // config.patch_size) ** 2)
+
+    def problems(self, tensor_parallel: int) -> Iterator[str]:
+        yield from implementation_problems(self.implementation)
+        if self.implementation == MEGATRON:
+            yield from vit_problems(self._config(), self.feature_layer, tensor_parallel)
+
+    def build_on(
+        self, config: "TransformerConfig", groups: "ProcessGroupCollection", *, initialized: bool
+    ) -> torch.nn.Module:
+        if self.implementation == TRANSFORMERS:
+            return super().build_on(config, groups, initialized=initialized)
+        from megatron.bridge.mimo.vit import build_vit
+
+        return build_vit(self._config(), self.feature_layer, config, groups, initialized=initialized)
 
     def encode(self, module: torch.nn.Module, inputs: Inputs) -> Sequence[Tensor]:
         states = module(inputs["pixel_values"], output_hidden_states=True).hidden_states

@@ -1,7 +1,8 @@
 """The encoder of a Hugging Face vision-language model: its tower and projector, as transformers wrote them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,17 @@ from torch import Tensor
 
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.encoders import Encoder, Inputs
+from megatron.bridge.mimo.vit_settings import MEGATRON, TRANSFORMERS, implementation_problems, vit_problems
 from megatron.bridge.models.vision_half import Vision, build_tower, features
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
 
+# Where models like LLaVA say which hidden states of the tower are its features.
+_FEATURE_LAYER = "vision_feature_layer"
 # In the names of what transformers' models have between tower and language model.
 _PROJECTORS = ("projector", "connector", ".merger.")
 # What images do to the language model besides giving it features, by the fields of `Vision`.
@@ -32,14 +37,22 @@ class VisionHalf(Encoder):
     Attributes:
         vision: what `megatron.bridge.models` knows of them.
         probe: inputs of one image.
+        implementation: of CLIP's and SigLIP's towers: `transformers`, whole on each tensor-parallel rank; or
+            `megatron`, Megatron-Core's ViT, which they divide, with checkpoints of its own. The projector is
+            transformers' and whole.
     """
 
     vision: Vision = field(repr=False)
     probe: Mapping[str, Tensor] = field(repr=False)
+    implementation: str = TRANSFORMERS
 
     @classmethod
-    def of(cls, bridge: "AutoBridge") -> "VisionHalf":
+    def of(cls, bridge: "AutoBridge", *, implementation: str = TRANSFORMERS) -> "VisionHalf":
         """The vision half of a bridge's model.
+
+        Args:
+            bridge: of the model.
+            implementation: of its tower.
 
         Raises:
             BridgeError: the model has none, or one that gives the language model more than features at its first layer.
@@ -55,7 +68,8 @@ class VisionHalf(Encoder):
                 "model (AutoBridge.to_megatron_provider)"
             )
         probe = family.probe_images(1, torch.Generator().manual_seed(0))
-        return cls(token_id=vision.token_id(vision.modalities[0]), vision=vision, probe=probe)
+        token = vision.token_id(vision.modalities[0])
+        return cls(token_id=token, vision=vision, probe=probe, implementation=implementation)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -71,6 +85,28 @@ class VisionHalf(Encoder):
 
     def build(self, config: "TransformerConfig", *, initialized: bool) -> torch.nn.Module:
         module: torch.nn.Module = build_tower(self.vision, config.params_dtype, initialized=initialized)
+        return module
+
+    def problems(self, tensor_parallel: int) -> Iterator[str]:
+        yield from implementation_problems(self.implementation)
+        if self.implementation == MEGATRON:
+            whole = self.vision.hf_config
+            layer = getattr(whole, _FEATURE_LAYER, None)
+            yield from vit_problems(whole.vision_config, layer, tensor_parallel)
+
+    def build_on(
+        self, config: "TransformerConfig", groups: "ProcessGroupCollection", *, initialized: bool
+    ) -> torch.nn.Module:
+        if self.implementation == TRANSFORMERS:
+            return super().build_on(config, groups, initialized=initialized)
+        from megatron.bridge.mimo.vit import build_vit
+
+        whole = self.vision.hf_config
+        around = copy.deepcopy(whole)
+        around.vision_config.num_hidden_layers = 0
+        module: Any = build_tower(replace(self.vision, hf_config=around), config.params_dtype, initialized=initialized)
+        layer = getattr(whole, _FEATURE_LAYER)
+        module.vision_tower = build_vit(whole.vision_config, layer, config, groups, initialized=initialized)
         return module
 
     def encode(self, module: torch.nn.Module, inputs: Inputs) -> Sequence[Tensor]:

@@ -89,7 +89,11 @@ class Engine:
         """Megatron-Core's optimizer. Collective."""
         from megatron.core.optimizer import get_megatron_optimizer
 
-        return get_megatron_optimizer(settings, model, config_overrides=overrides)
+        from megatron.bridge.training.fused_update import fuse_updates
+
+        optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides)
+        fuse_updates(optimizer)
+        return optimizer
 
     def schedule(self) -> Callable[..., list[dict[str, "Tensor"]]]:
         """Megatron-Core's schedule of forward and backward passes."""
