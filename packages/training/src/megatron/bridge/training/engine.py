@@ -76,8 +76,12 @@ class Engine:
         """What `loading_place` says of the micro-batches that are read for `stream_place`."""
         return batches
 
+    def methods(self, cfg: "ConfigContainer") -> dict[str, Any]:
+        """The PEFT methods of the run, by the settings that hold them; none where all is trained that is not frozen."""
+        return {} if cfg.peft is None else {"peft": cfg.peft}
+
     def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
-        """Apply a PEFT method to bare chunks, for training. Collective over the ranks that share the model."""
+        """Apply `cfg.peft` to bare chunks, for training. Collective over the ranks that share the model."""
         adapted: list[Any] = method(chunks, training=True)
         return adapted
 
