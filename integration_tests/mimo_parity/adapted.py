@@ -29,7 +29,10 @@ def adapt(provider: Any, case: Case) -> Any:
     method = DoRA if chosen == "dora" else LoRA
     # Both matrices begin with values, and so have gradients at once; their product is zero.
     begin: dict[str, Any] = {"init_lora_weights": "orthogonal"}
-    provider.adapters = {"images": method(dim=2, alpha=6, target_modules=_TOWER.get(case.subject, _CLIP), **begin)}
+    layers = _TOWER.get(case.subject, _CLIP)
+    if "vit" in case.settings:
+        begin |= {"separate_parts": True, "exclude_modules": ["*.unused.*"]}
+    provider.adapters = {"images": method(dim=2, alpha=6, target_modules=layers, **begin)}
     if chosen == "encoder_adapters":
         provider.frozen_language = True
         return None
@@ -37,7 +40,8 @@ def adapt(provider: Any, case: Case) -> Any:
     def hook(chunks: list[Any]) -> None:
         chunks[0].bridge = provider.bridge
         # peft has a pair of matrices for each of q, k and v.
-        language = method(dim=4, alpha=8, target_modules=_LANGUAGE, separate_parts=True, **begin)
+        begin["exclude_modules"] = []
+        language = method(dim=4, alpha=8, target_modules=_LANGUAGE, **{**begin, "separate_parts": True})
         provider.engine.adapt(language, chunks)
 
     return hook
@@ -48,7 +52,7 @@ def begun(case: Case, folder: Path, start: Path) -> Path:
     from megatron.bridge.mimo.hf_adapter import save_hf_adapter
     from mimo_parity.placed import provider_of
 
-    alone, chosen = (1, 1, 1), tuple(each for each in METHODS if each in case.settings)
+    alone, chosen = (1, 1, 1), tuple(each for each in (*METHODS, "vit") if each in case.settings)
     one = Case("one rank", "homogeneous", alone, alone, settings=chosen, subject=case.subject)
 
     def work() -> None:

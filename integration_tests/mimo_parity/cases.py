@@ -274,5 +274,8 @@ WIDE = (
     Case("encoder TP4, language TP2 DP2, adapters", "colocated", _TP4, _TP2_DP2, True, ("adapters",)),
     Case("DP2 + TP2, DoRA, distributed", "heterogeneous", _DP2, _TP2, True, ("dora", *_SHARED)),
     Case("encoder DP4, language CP2 DP2, adapters", "colocated", _DP4, _DP2, True, ("adapters",), context=2),
+    Case("TP2 SP, ViT, adapters", "homogeneous", _TP2, _TP2, True, ("adapters", "vit", "sequence_parallel")),
+    Case("encoder TP2, language DP2, ViT, adapters", "colocated", _TP2, _DP2, True, ("adapters", "vit")),
+    Case("TP2 + 1, ViT, adapters, distributed", "heterogeneous", _TP2, _ONE, True, ("adapters", "vit", *_SHARED)),
     Case("TP2 + PP2, adapters", "heterogeneous", _TP2, _PP2, True, ("adapters",)),
 )

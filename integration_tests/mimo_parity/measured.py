@@ -25,7 +25,7 @@ def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
     for case in cases:
         start = None
         if method := method_of(case.settings):
-            where = folder / f"{case.subject} {method}"
+            where = folder / f"{case.subject} {method}{' vit' * ('vit' in case.settings)}"
             start = starts[where] = starts.get(where) or begun(case, folder / case.subject, where)
         if _key(case) not in references:
             references[_key(case)] = train_transformers(

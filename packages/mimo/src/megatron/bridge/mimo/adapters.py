@@ -11,6 +11,7 @@ from megatron.bridge.peft import PEFT
 from megatron.bridge.peft.layer_method import TOWER, LayerMethod
 
 if TYPE_CHECKING:
+    from megatron.bridge.conversion.table import WeightTable
     from megatron.bridge.mimo.encoder_module import EncoderModule
     from megatron.bridge.mimo.model import BridgeMimoModel
     from megatron.bridge.mimo.provider import MimoProvider
@@ -111,6 +112,28 @@ def as_in_table(encoder: "EncoderModule", bridge: Any) -> Any:
     from megatron.bridge.mimo.conversion import encoder_half
 
     chunk: Any = encoder if bridge is None else encoder_half(encoder)
-    chunk.bridge, chunk.pg_collection = bridge, encoder.pg_collection
+    chunk.bridge = None if bridge is None else _BridgeOfTower(bridge, chunk)
+    chunk.pg_collection = encoder.pg_collection
     setattr(chunk, TOWER, True)
     return chunk
+
+
+class _BridgeOfTower:
+    """A bridge whose table knows the layers of a tower that is Megatron-Core's; all else is the bridge's own.
+
+    Args:
+        bridge: of the whole model.
+        half: the encoder, by the table's names.
+    """
+
+    def __init__(self, bridge: Any, half: Any) -> None:
+        from megatron.bridge.mimo.vit import with_vit_rules
+
+        self._bridge, self._table = bridge, with_vit_rules(bridge.weight_table(), half)
+
+    def weight_table(self) -> "WeightTable":
+        """Of the whole model."""
+        return self._table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bridge, name)

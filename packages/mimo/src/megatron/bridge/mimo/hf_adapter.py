@@ -102,9 +102,11 @@ def _of_module(bridge: "AutoBridge", model: "BridgeMimoModel", name: str) -> Ada
     """One module's adapter, with weights on its first rank; None on a rank without the module."""
     if name not in model.parts():
         return None
-    half = language_half(model) if name == LANGUAGE else as_in_table(model.encoders()[name], bridge)
     keeps = platform.rank() == model.module_groups[name].grid.rank_offset
-    return gathered_adapter(bridge, half, None, None, keeps=keeps)
+    if name == LANGUAGE:
+        return gathered_adapter(bridge, language_half(model), None, None, keeps=keeps)
+    encoder = as_in_table(model.encoders()[name], bridge)
+    return gathered_adapter(encoder.bridge, encoder, None, None, keeps=keeps)
 
 
 def _handed_on(files: Any, source: int, target: int) -> Any:
