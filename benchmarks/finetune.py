@@ -3,7 +3,7 @@
 `uv run python benchmarks/finetune.py` trains the same LoRA on the same Llama and tokens in fp32, in one process:
 
 - bridge: this project's provider, `LoRA`, and Megatron-Core's DDP and optimizer;
-- peft: `peft.get_peft_model` around transformers' model, scaled-dot-product attention, and `torch.optim.AdamW`.
+- peft: `peft.get_peft_model` around transformers' model, scaled-dot-product attention, and torch's fused AdamW.
 
 Their steps take turns, so that whatever else runs here slows both alike, and each is compared with the one beside it:
 by the clock, and by CPU time, which tells more on a busy machine (`OMP_NUM_THREADS=1` makes it sharper still). Then
@@ -59,7 +59,7 @@ def peft_loop(folder: Path, args: argparse.Namespace) -> Step:
     config = peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS)
     model = peft.get_peft_model(base, config).train()
     trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     data = rows(args.batch, args.length, args.vocabulary)
 
     def step() -> float:
@@ -81,6 +81,7 @@ def bridge_loop(folder: Path, args: argparse.Namespace) -> tuple[Step, Any, list
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.wrapping import with_ddp
     from megatron.bridge.peft import LoRA
+    from megatron.bridge.training.fused_update import fuse_updates
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     provider = bridge.to_megatron_provider()
@@ -89,6 +90,7 @@ def bridge_loop(folder: Path, args: argparse.Namespace) -> tuple[Step, Any, list
     (model,) = with_ddp(bare, bare[0].config, None)
     settings = OptimizerConfig(optimizer="adam", lr=RATE, weight_decay=0.0, clip_grad=1.0)
     optimizer = get_megatron_optimizer(settings, [model])
+    fuse_updates(optimizer)  # as our training loop does
     data = rows(args.batch, args.length, args.vocabulary)
     positions = torch.arange(args.length)[None]
 

@@ -8,11 +8,13 @@ process each, or with `--ranks 2` on data-parallel ones,
 - same model: a bare loop on Megatron-Core's schedule, DDP and optimizer around the very same model, and with the same
   allocator settings: what lies between the two is what our loop costs;
 - megatron: the bare loop around Megatron-Core's own model and its layer spec `local`;
-- transformers: `LlamaForCausalLM` with scaled-dot-product attention and `torch.optim.AdamW` (one process); in bf16 its
-  weights and moments are bf16, where Megatron-Core keeps fp32 ones beside them.
+- transformers: `LlamaForCausalLM` with scaled-dot-product attention and torch's fused AdamW, its trainer's default (one
+  process); in bf16 its weights and moments are bf16, where Megatron-Core keeps fp32 ones beside them.
 
 Every loop clips gradients to norm 1 and sees the same tokens. Each has processes of its own, kept warm, and they take
-turns, so that whatever else runs here slows all alike; turns are compared round by round, and medians are told. On a
+turns, so that whatever else runs here slows all alike; turns are compared round by round, and medians are told. Where
+a process's memory comes to lie makes it up to 5% faster or slower than its twin for as long as it lives: differences
+as small take several starts (`--starts`), whose medians are told by their median and range. On a
 busy machine the figures of CPU time say more than those on the clock; `OMP_NUM_THREADS=1` makes them sharper still.
 Model FLOPs utilisation is told where the device's peak is known: `--shape llama32_1b --bf16 --only bridge transformers`
 on one GPU.
@@ -132,7 +134,7 @@ def transformers_loop(shape: Shape, turns: Turns) -> None:
         use_cache=False,
     )
     model = LlamaForCausalLM(config).to(device(), getattr(torch, shape.dtype)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     rows = batches(shape)
 
     def step() -> float:
@@ -351,7 +353,7 @@ def ask(lines: list[Connection], steps: int) -> Turn:
 
 
 def measure(names: list[str], shape: Shape, rounds: int, steps: int, ranks: int) -> dict[str, list[Turn]]:
-    """The turns of each loop, in an order that changes from round to round."""
+    """The turns of each loop in processes started afresh, in an order that changes from round to round."""
     loops: dict[str, list[Connection]] = {}
     for name in names:
         loops[name] = start(name, shape, ranks)
@@ -378,18 +380,25 @@ def utilisation(shape: Shape, tokens_per_second: float, ranks: int) -> str:
     return f"{flops_per_token * tokens_per_second / ranks / (peak * 1e12):.1%}"
 
 
-def table(results: dict[str, list[Turn]], tokens: int, mfu: Callable[[float], str]) -> str:
-    """Medians over the turns of `tokens` tokens each, and of what each took to what the first loop took by then."""
-    first, ours = next(iter(results.items()))
-    headline = f"{f'time of {first}':>18}"
+def ratios(starts: list[dict[str, list[Turn]]], name: str, kind: str) -> list[float]:
+    """What the first loop took to what another took in the same turn: the median of each start."""
+    first = next(iter(starts[0]))
+    pairs = [zip(start[first], start[name], strict=True) for start in starts]
+    return [statistics.median(getattr(mine, kind) / getattr(other, kind) for mine, other in each) for each in pairs]
+
+
+def table(starts: list[dict[str, list[Turn]]], tokens: int, mfu: Callable[[float], str]) -> str:
+    """Medians over the turns of `tokens` tokens each, and of the starts' ratios, with their range."""
+    first = next(iter(starts[0]))
+    headline = f"{f'time of {first}':>24}"
     lines = [f"{'loop':16}{'tokens/s':>10}{headline}{'tokens/CPU s':>15}{headline}{'MFU':>8}{'last loss':>11}"]
-    for name, turns in results.items():
-        cells = ""
+    for name in starts[0]:
+        turns, cells = [turn for start in starts for turn in start[name]], ""
         for kind, width in (("seconds", 10), ("cpu_seconds", 15)):
             speed = statistics.median(tokens / getattr(turn, kind) for turn in turns)
-            pairs = zip(ours, turns, strict=True)
-            ratio = statistics.median(getattr(mine, kind) / getattr(other, kind) for mine, other in pairs)
-            cells += f"{speed:{width}.0f}{f'{ratio:.3f} x':>18}"
+            found = ratios(starts, name, kind)
+            spread = f" {min(found):.2f}-{max(found):.2f}" if len(found) > 1 else ""
+            cells += f"{speed:{width}.0f}{f'{statistics.median(found):.3f} x{spread}':>24}"
         speed = statistics.median(tokens / turn.seconds for turn in turns)
         lines.append(f"{name:16}{cells}{mfu(speed):>8}{turns[-1].loss:11.3f}")
     return "\n".join(lines)
@@ -399,6 +408,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loop (default: 7)")
+    parser.add_argument("--starts", type=int, default=1, help="times that all loops are started afresh (default: 1)")
     parser.add_argument("--steps", type=int, default=2, help="training steps in a turn (default: 2)")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="the model's (default: small)")
     for size in ("batch", "length", "layers"):
@@ -411,11 +421,12 @@ def main() -> None:
     dtype = "bfloat16" if arguments.bf16 else "float32"
     shape = dataclasses.replace(SHAPES[arguments.shape], dtype=dtype, **given)
     names = arguments.only or list(LOOPS if arguments.ranks == 1 else ON_SEVERAL_RANKS)
-    results = measure(names, shape, arguments.rounds, arguments.steps, arguments.ranks)
+    sizes = shape, arguments.rounds, arguments.steps, arguments.ranks
+    starts = [measure(names, *sizes) for _ in range(arguments.starts)]
     print(f"{shape}, ranks: {arguments.ranks}, torch {torch.__version__}")
-    print(f"medians of {arguments.rounds} rounds of {arguments.steps} steps, taken in turn\n")
+    print(f"medians of {arguments.starts} starts of {arguments.rounds} rounds of {arguments.steps} steps, in turn\n")
     mfu = partial(utilisation, shape, ranks=arguments.ranks)
-    print(table(results, arguments.steps * shape.tokens * arguments.ranks, mfu))
+    print(table(starts, arguments.steps * shape.tokens * arguments.ranks, mfu))
 
 
 if __name__ == "__main__":

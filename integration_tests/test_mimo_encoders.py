@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from megatron.bridge.conversion.dist_checkpoint import tensor_index
 from megatron.bridge.data.provider import DatasetBuildContext, DatasetProvider
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo import Encoder, MimoParallelismConfig, MimoProvider, ModuleParallelismConfig, collate
+from megatron.bridge.peft import CanonicalLoRA, DoRA, LoRA
 from megatron.bridge.testing import run_ranks
 
 SOUND, IMAGE, LENGTH, STEPS = 20, 21, 24, 3
@@ -136,16 +138,48 @@ def config(layouts: dict[str, dict[str, int]], published: bool = False, **checkp
     )
 
 
+def adapt(cfg: Any, *, only_build: bool) -> None:
+    """Adapters on towers and projectors: on an MLP that ranks divide, on a resampler, on a tower that is one layer."""
+    from megatron.bridge.mimo.projectors import Resampler
+
+    few = Resampler(latents=4, depth=1, heads=2, head_dim=8, query_groups=1, intermediate_size=32)
+    cfg.model.encoders["sounds"].projector = few
+    if only_build:
+        return
+    begin: dict[str, Any] = {"init_lora_weights": "orthogonal", "dim": 2}
+    layers = ["q_proj", "fc1", "linear_fc1", "linear_fc2"]
+    cfg.model.adapters = {
+        "images": DoRA(target_modules=layers, lora_plus_ratio=8, **begin),
+        "sounds": CanonicalLoRA(target_modules=["tower", "re:input_projections[.]0[.].*[qk]_proj"], **begin),
+    }
+    cfg.peft = LoRA(target_modules=["linear_qkv"], **begin)
+    cfg.optimizer.lr = 1e-2
+    cfg.train.exit_interval = None if cfg.checkpoint.save is None else 2
+
+
 def losses(
-    layouts: dict[str, dict[str, int]], start: Path, *, published: bool = False, make: bool = False
+    layouts: dict[str, dict[str, int]],
+    start: Path,
+    *,
+    published: bool = False,
+    make: bool = False,
+    adapted: bool | None = None,
+    **checkpoint: Any,
 ) -> dict[int, float]:
-    """Losses of a run that starts from the weights in `start`, which `make` writes first."""
+    """Losses of a run that starts from the weights in `start`, which `make` writes first.
+
+    Args:
+        adapted: `adapt` it; False builds the same modules, to be adapted later.
+        checkpoint: fields of the checkpoint section.
+    """
     from megatron.bridge.mimo.mimo_step import forward_step
     from megatron.bridge.training.checkpoint import save_checkpoint
     from megatron.bridge.training.setup import distributed, setup
     from megatron.bridge.training.train import train
 
-    cfg = config(layouts, published, **({} if make else {"pretrained_checkpoint": str(start)}))
+    cfg = config(layouts, published, **({} if make else {"pretrained_checkpoint": str(start)}), **checkpoint)
+    if adapted is not None:
+        adapt(cfg, only_build=not adapted)
     with distributed(cfg):
         run = setup(cfg)
         if make:
@@ -180,6 +214,31 @@ def test_two_encoders_train_alike_wherever_they_stand(published: bool, tmp_path:
 
         for found in run_ranks(ranks, work, timeout=300):
             assert found == [pytest.approx(expected, abs=1e-5)] * len(placements)
+
+
+@pytest.mark.timeout(600)
+def test_adapters_on_two_encoders_train_alike_wherever_they_stand(tmp_path: Path) -> None:
+    start, place = tmp_path / "start", str(tmp_path / "saved")
+
+    def run(layouts: dict[str, dict[str, int]], **more: Any) -> dict[int, float]:
+        return losses(layouts, start, adapted=True, **more)
+
+    def alone() -> Any:
+        losses(ALONE, start, make=True, adapted=False)
+        return run(ALONE), run(ALONE, save=place)
+
+    expected, first = run_ranks(1, alone, timeout=200)[0]
+    assert first == {step: loss for step, loss in expected.items() if step < STEPS}
+    assert abs(expected[1] - expected[STEPS]) > 5e-4
+    kept = [name for name in tensor_index(place) if not name.startswith("optimizer.")]
+    assert all(".adapters." in name for name in kept)
+    for encoder in ("images", "sounds"):
+        modules = {name.split(".")[2] for name in kept if name.startswith(f"modality_submodules.{encoder}.")}
+        assert modules == {"encoders", "input_projections"}, encoder
+    for found in run_ranks(2, lambda: run(PLACEMENTS[2][1]), timeout=200):
+        assert found == pytest.approx(expected, abs=1e-5)
+    for found in run_ranks(3, lambda: run(PLACEMENTS[3][0], load=place), timeout=200):
+        assert found == {STEPS: pytest.approx(expected[STEPS], abs=1e-5)}
 
 
 def test_problems_of_modules_are_told_together_before_anything_is_built() -> None:

@@ -30,8 +30,9 @@ class Case:
         encoder, language: (tensor, pipeline, data) sizes.
         uneven: samples with 0 to 2 images.
         settings: `sequence_parallel`, `distributed`, `overlap`; `frozen` (the tower), `frozen_language`; `rates`, for
-            settings of the optimizer by module; `vit`, for a tower that is Megatron-Core's ViT; `lora`, for adapters on
-            the language model; `packed`, for samples of several documents.
+            settings of the optimizer by module; `vit`, for a tower that is Megatron-Core's ViT; `adapters` and `dora`,
+            for adapters on both modules, `encoder_adapters`, for such on the encoder alone; `packed`, for samples of
+            several documents.
         subject: the model, of `SUBJECTS`.
         experts: ranks that experts are spread over.
         context: ranks that share a sequence in the language model, and in a homogeneous placement in every module.
@@ -126,6 +127,8 @@ QUICK = (
         subject="SigLIP",
     ),
     Case("TP2 + 1, ViT", "heterogeneous", _TP2, _ONE, True, ("vit",)),
+    Case("encoder TP2, language DP2, DoRA", "colocated", _TP2, _DP2, True, ("dora",)),
+    Case("DP2 + 1, DoRA", "heterogeneous", _DP2, _ONE, True, ("dora",)),
 )
 # The rest of the table.
 WIDE = (
@@ -239,6 +242,8 @@ WIDE = (
     Case("1 + CP2, frozen language model", "heterogeneous", _ONE, _ONE, True, _STILL, context=2),
     Case("1 + CP2 EP2, mixture of experts", "heterogeneous", _ONE, _ONE, True, (), "experts", 2, 2),
     Case("TP2 + CP2", "heterogeneous", _TP2, _ONE, True, context=2),
+    Case("1 + CP2 PP2", "heterogeneous", _ONE, _PP2, True, context=2),
+    Case("1 + CP2 PP2, Qwen2.5-VL, packed", "heterogeneous", _ONE, _PP2, True, ("packed",), _QWEN, context=2),
     Case("DP2 + CP2, frozen tower, distributed", "heterogeneous", _DP2, _ONE, True, _FROZEN, context=2),
     Case("DP2 + CP2, packed, distributed", "heterogeneous", _DP2, _ONE, True, _PACKED, context=2),
     Case("DP2 + CP2, Qwen2.5-VL, packed", "heterogeneous", _DP2, _ONE, True, ("packed",), _QWEN, context=2),
@@ -256,4 +261,21 @@ WIDE = (
     Case("TP2 + PP2, ViT, frozen tower", "heterogeneous", _TP2, _PP2, True, ("vit", "frozen")),
     Case("TP2 + TP2 SP, ViT, distributed", "heterogeneous", _TP2, _TP2, True, ("vit", "sequence_parallel", *_SHARED)),
     Case("DP2 + 1, ViT of SigLIP", "heterogeneous", _DP2, _ONE, True, ("vit",), subject="SigLIP"),
+    Case("encoder DP2, language TP2 SP, adapters", "colocated", _DP2, _TP2, True, ("adapters", "sequence_parallel")),
+    Case("DP2 + 1, adapters on the encoder", "heterogeneous", _DP2, _ONE, True, ("encoder_adapters",)),
+    Case("PP2, adapters", "homogeneous", _PP2, _PP2, True, ("adapters",)),
+    Case("encoder TP2, language DP2, adapters, distributed", "colocated", _TP2, _DP2, True, ("adapters", *_SHARED)),
+    Case("1 + PP2, adapters, Qwen2.5-VL", "heterogeneous", _ONE, _PP2, True, ("adapters",), "Qwen2.5-VL"),
+    Case("TP2 SP, adapters", "homogeneous", _TP2, _TP2, True, ("adapters", "sequence_parallel")),
+    Case("TP2, adapters, bf16", "homogeneous", _TP2, _TP2, True, ("adapters",), "bf16"),
+    Case("DP2, DoRA, Qwen2.5-VL", "homogeneous", _DP2, _DP2, True, ("dora",), "Qwen2.5-VL"),
+    Case("CP2, packed, adapters", "homogeneous", _ONE, _ONE, True, ("packed", "adapters"), context=2),
+    Case("encoder DP4, language TP2 DP2, adapters", "colocated", _DP4, _TP2_DP2, True, ("adapters",)),
+    Case("encoder TP4, language TP2 DP2, adapters", "colocated", _TP4, _TP2_DP2, True, ("adapters",)),
+    Case("DP2 + TP2, DoRA, distributed", "heterogeneous", _DP2, _TP2, True, ("dora", *_SHARED)),
+    Case("encoder DP4, language CP2 DP2, adapters", "colocated", _DP4, _DP2, True, ("adapters",), context=2),
+    Case("TP2 SP, ViT, adapters", "homogeneous", _TP2, _TP2, True, ("adapters", "vit", "sequence_parallel")),
+    Case("encoder TP2, language DP2, ViT, adapters", "colocated", _TP2, _DP2, True, ("adapters", "vit")),
+    Case("TP2 + 1, ViT, adapters, distributed", "heterogeneous", _TP2, _ONE, True, ("adapters", "vit", *_SHARED)),
+    Case("TP2 + PP2, adapters", "heterogeneous", _TP2, _PP2, True, ("adapters",)),
 )

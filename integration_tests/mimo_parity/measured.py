@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.bridge.testing import run_ranks, save_random_model
+from mimo_parity.adapted import METHODS, begun, method_of
 from mimo_parity.cases import Case
 from mimo_parity.placed import Distance, train_placed
 from mimo_parity.reference import Outcome, train_transformers
@@ -12,7 +13,7 @@ from mimo_parity.subjects import SUBJECTS
 STEPS, MICROBATCHES, SAMPLES = 3, 2, 4
 _SIZES = {"steps": STEPS, "microbatches": MICROBATCHES, "samples": SAMPLES}
 # Settings that change what is computed, not only where.
-_MEANT = ("frozen", "frozen_language", "rates", "vit")
+_MEANT = ("frozen", "frozen_language", "rates", "vit", *METHODS)
 
 
 def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
@@ -20,7 +21,12 @@ def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
     for name in dict.fromkeys(case.subject for case in cases):
         save_random_model(SUBJECTS[name].config(), folder / name)
     references: dict[object, Outcome] = {}
+    starts: dict[object, Path] = {}
     for case in cases:
+        start = None
+        if method := method_of(case.settings):
+            where = folder / f"{case.subject} {method}{' vit' * ('vit' in case.settings)}"
+            start = starts[where] = starts.get(where) or begun(case, folder / case.subject, where)
         if _key(case) not in references:
             references[_key(case)] = train_transformers(
                 case.subject,
@@ -28,6 +34,7 @@ def measured(cases: Sequence[Case], folder: Path) -> dict[str, Distance]:
                 uneven=case.uneven,
                 packing=case.packing,
                 settings=case.settings,
+                start=start,
                 **_SIZES,
             )
     found: dict[str, Distance] = {}

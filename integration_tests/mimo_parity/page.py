@@ -25,6 +25,12 @@ learning rate and weight decay for the tower and for the projector, AdamW's para
 `mixture of experts` is Mixtral's, `EP2` spreads it over two ranks, and its balancing loss is off, which transformers'
 LLaVA lacks.
 
+With `adapters` both modules have LoRA, with `DoRA` they have that: on attention and MLP of the language model, with a
+pair of matrices for each of q, k and v, and on attention, MLP and projector of the encoder, by other ranks and alphas.
+With `adapters on the encoder` the language model is frozen. The reference is Hugging Face peft on transformers' model,
+from the folder that this side wrote; gradients are those of the adapters by the names of peft's files, weights those of
+the merged model.
+
 `packed` samples are of several documents each, with 0 to 2 images in a document; transformers' model is run on every
 document by itself. Where ranks share sequences, their lengths are multiples of twice the number of these ranks.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mimo_parity.adapted import adapt, gradients_in_files, method_of
 from mimo_parity.cases import Case
 from mimo_parity.reference import BETAS, CLIP, DECAY, EPS, LR, RATES, SEQUENCE, Outcome, batch
 
@@ -38,10 +39,12 @@ def train_placed(
     from megatron.bridge.mimo.predict import logits
     from megatron.bridge.mimo.slices import loading_place
     from megatron.bridge.mimo.step import forward_step
+    from megatron.bridge.peft.adapted_layer import without_adapters
 
     provider = provider_of(case, folder)
     encoder = provider.encoders["images"]
-    (model,) = provider.provide_distributed_model(ddp_config=_ddp(case))
+    hook = adapt(provider, case)
+    (model,) = provider.provide_distributed_model(ddp_config=_ddp(case), pre_wrap_hook=hook)
     runtime = provider.engine.runtime
     optimizer = _optimizer(case, provider, model)
 
@@ -52,7 +55,8 @@ def train_placed(
     def data(step: int) -> Iterator[Any]:
         return (part(step * microbatches + number) for number in range(microbatches))
 
-    changed = _changed(folder, dict(export_hf_weights(provider.bridge, model)))
+    with without_adapters(model):
+        changed = _changed(folder, dict(export_hf_weights(provider.bridge, model)))
     first = part(0)
     apart = _logit_difference(reference.logits, logits(runtime, [first]), model)
     losses, norms, gradients = [], [], {}
@@ -69,13 +73,22 @@ def train_placed(
         losses.append(float(total[0] / total[1]))
         if step == 0 and not _sharded(case):
             with gradients_for_weights(model):
-                gradients = {name: each.clone() for name, each in export_hf_weights(provider.bridge, model)}
+                gradients = _by_name(case, provider.bridge, model, folder)
         _, norm, _ = optimizer.step()
         norms.append(float(norm))
     weights = dict(export_hf_weights(provider.bridge, model))
     distance = _distance(reference, Outcome(losses, norms, gradients, weights, reference.logits), changed, apart)
     provider.engine.stop()
     return distance
+
+
+def _by_name(case: Case, bridge: Any, model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What the weights hold, by transformers' names; of adapters by peft's."""
+    from megatron.bridge.mimo.conversion import export_hf_weights
+
+    if method_of(case.settings):
+        return gradients_in_files(bridge, model, folder.parent / f"{folder.name} {case.mode} {case.name}")
+    return {name: each.clone() for name, each in export_hf_weights(bridge, model)}
 
 
 def _sharded(case: Case) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimo_parity.adapted import file_name, in_peft
 from mimo_parity.subjects import IMAGE_TOKEN, SUBJECTS
 
 SEQUENCE = 48
@@ -117,6 +118,7 @@ def train_transformers(
     samples: int,
     packing: int = 0,
     settings: tuple[str, ...] = (),
+    start: Path | None = None,
 ) -> Outcome:
     """Train transformers' model by torch alone; bfloat16 weights with masters in float32.
 
@@ -126,11 +128,13 @@ def train_transformers(
         uneven, packing: see `batch`.
         steps, microbatches, samples: optimizer steps, micro-batches in each, samples in each of them.
         settings: see `Case`.
+        start: the adapters that are trained, as peft's folder; None for the model's own weights.
     """
     model = load(folder)
     frozen = (*(_TOWERS if "frozen" in settings else ()), *(_LANGUAGE if "frozen_language" in settings else ()))
     for name, each in model.named_parameters():
         each.requires_grad_(not (frozen and name.startswith(frozen)))
+    model = model if start is None else in_peft(model, start)
 
     def parts(number: int) -> list[dict[str, Any]]:
         """What the model is run on by itself."""
@@ -144,7 +148,12 @@ def train_transformers(
         [part for each in range(microbatches) for part in parts(step * microbatches + each)] for step in range(steps)
     ]
     losses, norms, first = train(model, batches, by_module="rates" in settings, leaves="vit" in settings)
+    if start is not None:
+        model = model.merge_and_unload()
     named = dict(model.named_parameters())
+    if start is not None:
+        gradients = {file_name(name): each for name, each in first.items()}
+        return Outcome(losses, norms, gradients, saved(model, {name: named[name].detach() for name in named}), before)
     gradients = saved(model, {name: first.get(name, torch.zeros_like(each)) for name, each in named.items()})
     weights = saved(model, {name: each.detach() for name, each in named.items()})
     return Outcome(losses, norms, gradients, weights, before)

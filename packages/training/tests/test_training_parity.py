@@ -33,6 +33,7 @@ def test_the_loop_is_a_plain_torch_loop(make_run: Callable[..., Any], initial_we
             batches = batches_per_chunk(cfg, build_datasets(cfg)[0], 1, cfg.train.global_batch_size)[0]
             expected = _plain_loop(cfg, reference, batches)
             result = train(run, forward_step)
+            assert all(group["fused"] for group in run.optimizer.param_groups)
             trained = run.model[0].module.state_dict()
             furthest = max(
                 (trained[name] - value).abs().max().item()

@@ -91,6 +91,11 @@ class AdapterExport:
         for name, tensor in self._exporter.weights(cpu=cpu):
             yield _PREFIX + name, packed(name, tensor)
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """peft's names of what the adapter is on, in full."""
+        return tuple(self._table.settings)
+
     def config(self, base: str | None) -> dict[str, Any]:
         """`adapter_config.json`."""
         modules, parameters = self._peft.shortened(self._table.settings)
@@ -163,11 +168,13 @@ class AdapterFiles:
         name: of the adapter.
         weights: by peft's names; none on a rank that keeps none.
         config: `adapter_config.json`.
+        targets: peft's names of all modules and parameters that it is on, in full.
     """
 
     name: str
     weights: "Mapping[str, torch.Tensor]"
     config: Mapping[str, Any]
+    targets: tuple[str, ...]
 
     def write(self, path: Path, *, overwrite: bool) -> None:
         """Write the folder, whole or not at all."""
@@ -202,7 +209,8 @@ def gathered_adapter(bridge: "AutoBridge", model: Model, name: str | None, dtype
         own: tensor.clone(memory_format=torch.contiguous_format) for own, tensor in export.weights(cpu=True) if keeps
     }
     source = bridge.source
-    return AdapterFiles(export.name, kept, export.config(None if source is None else str(source.path_or_id)))
+    config = export.config(None if source is None else str(source.path_or_id))
+    return AdapterFiles(export.name, kept, config, export.targets)
 
 
 @dataclass(frozen=True)

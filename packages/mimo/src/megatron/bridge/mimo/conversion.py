@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from megatron.bridge.conversion.auto_bridge import AutoBridge
     from megatron.bridge.conversion.transforms import Region, Shape
+    from megatron.bridge.mimo.encoder_module import EncoderModule
     from megatron.bridge.mimo.model import BridgeMimoModel
 
 # What the families of `megatron.bridge.models` call the two halves of a vision-language model.
@@ -200,12 +201,17 @@ def _halves(model: "BridgeMimoModel") -> dict[str, torch.nn.Module]:
     """The modules on this rank as the table names them."""
     language = language_half(model)
     found: dict[str, torch.nn.Module] = {} if language is None else {LANGUAGE: language}
-    return {name: _Half(_VISION, each.tower) for name, each in model.encoders().items()} | found
+    return {name: encoder_half(each) for name, each in model.encoders().items()} | found
 
 
 def language_half(model: "BridgeMimoModel") -> Any:
     """The language model, without what wraps it, by the name that it has in the whole model; None on other ranks."""
     return None if model.language_model is None else _Half(_LANGUAGE, unwrap(model.language_model))
+
+
+def encoder_half(encoder: "EncoderModule") -> Any:
+    """An encoder's tower, by the name that it has in the whole model."""
+    return _Half(_VISION, encoder.tower)
 
 
 def _rules(table: WeightTable, language: bool) -> WeightTable:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge import platform
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo.model_checks import adapter_problems, optimizer_problems
+from megatron.bridge.mimo.module_settings import PROJECTOR
 from megatron.bridge.training.engine import Engine, LoadingPlace
 from megatron.bridge.training.hf_side import is_hf_folder
 
@@ -63,13 +64,17 @@ class MimoEngine(Engine):
 
     def _contradictions(self, cfg: "ConfigContainer") -> Iterator[str]:
         """Two learning rates for the same parameters."""
-        own = self._provider.optimizers.get(self._provider.placement.llm_module_name)
-        if own is None or own.lr is None:
-            return
-        if cfg.optimizer.decoupled_lr is not None:
+        rates, language = self._provider.optimizers, self._provider.placement.llm_module_name
+        own = {name for name, each in rates.items() if each.lr is not None}
+        if language in own and cfg.optimizer.decoupled_lr is not None:
             yield "optimizer.decoupled_lr and an lr of the language model's own (model.optimizers): keep one of them"
-        if cfg.peft is not None and cfg.peft.optimizer_overrides(own.lr, 0.0):
-            yield "peft gives some weights rates of their own, and so does model.optimizers to all: keep one of them"
+        for name, method in {language: cfg.peft, **self._provider.adapters}.items():
+            if method is not None and own & {name, name + PROJECTOR} and method.optimizer_overrides(1.0, 0.0):
+                where = "peft" if name == language else _setting(name)
+                yield (
+                    f"{where} gives some weights rates of their own, and so does model.optimizers to all: keep one of "
+                    "them"
+                )
 
     def replicas(self, cfg: "ConfigContainer", world_size: int) -> int:
         return self._provider.llm_layout.data_parallel
@@ -95,7 +100,12 @@ class MimoEngine(Engine):
         parts = own.size // read.size
         return batches if parts == 1 else StreamedPart(batches, self._provider.encoders, own.rank % parts, parts)
 
+    def methods(self, cfg: "ConfigContainer") -> dict[str, Any]:
+        return super().methods(cfg) | {_setting(name): each for name, each in self._provider.adapters.items()}
+
     def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
+        if method is None:  # the provider adapts encoders itself
+            return chunks
         from megatron.bridge.conversion.rank_agreement import on_every_rank
         from megatron.bridge.mimo.adapters import adapt_language
 
@@ -106,10 +116,12 @@ class MimoEngine(Engine):
     def build_optimizer(self, settings: Any, model: list[Any], overrides: Any) -> Any:
         from megatron.bridge.mimo.module_groups import LANGUAGE
         from megatron.bridge.mimo.optimizer import build_optimizer
+        from megatron.bridge.training.peft_section import method_overrides
 
         language = self._provider.placement.llm_module_name
         by_module = {LANGUAGE if name == language else name: each for name, each in self._provider.optimizers.items()}
-        return build_optimizer(model[0], settings, overrides, by_module)
+        of_methods = {name: method_overrides(each, settings) for name, each in self._provider.adapters.items()}
+        return build_optimizer(model[0], settings, {LANGUAGE: overrides, **of_methods}, by_module)
 
     def schedule(self) -> Callable[..., list[dict[str, "Tensor"]]]:
         return self.runtime.run_schedule
@@ -163,12 +175,12 @@ class MimoEngine(Engine):
         save_hf_pretrained(bridge, model[0], folder, overwrite=overwrite)
 
     def refuse_adapter_export(self, model: list[Any]) -> None:
-        from megatron.bridge.mimo.adapters import refuse_trained_encoders
+        from megatron.bridge.mimo.hf_adapter import refuse_adapter_export
 
-        refuse_trained_encoders(model[0])
+        refuse_adapter_export(self._provider.bridge, model[0])
 
     def save_hf_adapter(self, bridge: Any, model: list[Any], folder: Path) -> None:
-        from megatron.bridge.mimo.adapters import save_hf_adapter
+        from megatron.bridge.mimo.hf_adapter import save_hf_adapter
 
         save_hf_adapter(bridge, model[0], folder)
 
@@ -184,6 +196,11 @@ class MimoEngine(Engine):
         parallel_state.set_pipeline_model_parallel_rank(None)
         parallel_state.set_tensor_model_parallel_rank(None)
         self._runtime = None
+
+
+def _setting(encoder: str) -> str:
+    """What holds the PEFT method of an encoder."""
+    return f"model.adapters[{encoder!r}]"
 
 
 def _unsupported(cfg: "ConfigContainer") -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron.bridge.errors import did_you_mean
+from megatron.bridge.mimo.adapters import encoder_adapter_problems
 from megatron.bridge.mimo.module_settings import PROJECTOR, settings_problems
 from megatron.bridge.mimo.projector import projector_of
 
@@ -19,6 +20,7 @@ def module_problems(provider: "MimoProvider") -> Iterator[str]:
     yield from _layout_problems(provider)
     yield from _language_problems(provider)
     yield from optimizer_problems(provider)
+    yield from encoder_adapter_problems(provider)
 
 
 def optimizer_problems(provider: "MimoProvider", settings: "OptimizerConfig | None" = None) -> Iterator[str]:
@@ -44,8 +46,12 @@ def adapter_problems(provider: "MimoProvider", *, adapted: bool) -> Iterator[str
         if name not in known:
             what = f"no such encoder{did_you_mean(name, known)}; there are {', '.join(known)}"
             yield f"model.trained_beside_adapters: {name!r}: {what}"
-    if provider.trained_beside_adapters and not adapted:
-        yield "model.trained_beside_adapters is set, and peft is not; set peft, or freeze modules (Encoder.frozen)"
+    alone = [name for name in provider.trained_beside_adapters if name.removesuffix(PROJECTOR) not in provider.adapters]
+    if alone and not adapted:
+        yield (
+            f"model.trained_beside_adapters={alone} is set, and peft is not; set peft, or freeze modules "
+            "(Encoder.frozen)"
+        )
     if provider.frozen_language and adapted:
         yield "model.frozen_language=True: peft adapts the language model; leave one of the two out"
 

@@ -15,6 +15,7 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerIn
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
 from megatron.bridge.mimo.module_settings import ModuleOptimizerConfig, module_overrides
+from megatron.bridge.training.fused_update import fuse_updates
 from megatron.bridge.training.optimizer_state import load_optimizer_state, prepare_optimizer_state
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _COMPARISONS = 2
 def build_optimizer(
     model: "BridgeMimoModel",
     settings: OptimizerConfig,
-    overrides: Any = None,
+    overrides: Mapping[str, Any],
     by_module: Mapping[str, ModuleOptimizerConfig] | None = None,
 ) -> MimoOptimizer:
     """The optimizer of the modules on this rank. Collective over the world.
@@ -36,15 +37,16 @@ def build_optimizer(
     Args:
         model: its modules wrapped in Megatron-Core's DDP.
         settings: of all modules.
-        overrides: Megatron-Core's `config_overrides`.
+        overrides: Megatron-Core's `config_overrides` by module; the standard ones where there are none.
         by_module: what differs in some of them, the language model by Megatron-Core's key.
     """
     infos = {}
-    overrides = get_standard_config_overrides(settings) if overrides is None else overrides
     encoders = model.encoders()
     for name, place in model.module_groups.items():
         part = model.parts().get(name)
-        made = None
+        made, base = None, overrides.get(name)
+        if base is None:
+            base = get_standard_config_overrides(settings)
         if part is None:
             for _ in range(_COMPARISONS):  # ranks that have the module wait for every rank of the world
                 dist.all_gather_object([None] * dist.get_world_size(), [])
@@ -52,10 +54,11 @@ def build_optimizer(
             made = get_megatron_optimizer(
                 settings,
                 [part],
-                config_overrides=overrides | module_overrides(name, by_module or {}, encoders.get(name)),
+                config_overrides=base | module_overrides(name, by_module or {}, encoders.get(name)),
                 use_gloo_process_groups=False,
                 pg_collection=place.here,
             )
+            fuse_updates(made)
         infos[name] = ModuleOptimizerInfo(made, place.grid, place.groups, part is not None)
     return MimoOptimizer(infos, settings)
 

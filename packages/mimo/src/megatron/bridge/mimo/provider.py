@@ -14,6 +14,7 @@ from megatron.bridge.mimo.module_settings import ModuleOptimizerConfig
 from megatron.bridge.mimo.parallelism import MimoParallelismConfig, ModuleParallelismConfig
 from megatron.bridge.mimo.projector import projector_of
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.peft import PEFT
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,11 @@ class MimoProvider:
         encoders: by name of the modality, which is the name in the placement.
         placement: which module stands on which ranks.
         frozen_language: the language model is not trained.
+        adapters: PEFT methods of encoders, on the layers of their towers and projectors; the language model's is the
+            run's.
         trained_beside_adapters: encoders, or their projectors (`images.projector`), that are trained where a PEFT
-            method adapts the language model; all others stay then.
+            method adapts the language model; all others stay then. The projector of an adapted encoder, which stays
+            too, may be among them.
         optimizers: settings of the optimizer that are not the run's, by module; `images.projector` stands for what
             follows the tower of `images`.
         load_weights: take the weights of the Hugging Face model, where there is one.
@@ -56,6 +60,7 @@ class MimoProvider:
     encoders: dict[str, Encoder]
     placement: MimoParallelismConfig
     frozen_language: bool = False
+    adapters: dict[str, PEFT] = field(default_factory=dict)
     trained_beside_adapters: tuple[str, ...] = ()
     optimizers: dict[str, ModuleOptimizerConfig] = field(default_factory=dict)
     load_weights: bool = True
@@ -211,6 +216,7 @@ class MimoProvider:
             BridgeError: the placement, a module or the weights are refused.
         """
         from megatron.bridge import platform
+        from megatron.bridge.mimo.adapters import adapt_encoders
         from megatron.bridge.mimo.conversion import load_hf_weights
         from megatron.bridge.mimo.wrapping import prepared, with_ddp
 
@@ -221,6 +227,8 @@ class MimoProvider:
             load_hf_weights(self.bridge, model)
         if pre_wrap_hook is not None:
             pre_wrap_hook([model])
+        if self.adapters:
+            adapt_encoders(self.adapters, model, self.bridge, self.trained_beside_adapters)
         self._freeze(model)
         prepared(model)
         if wrap_with_ddp:

@@ -79,7 +79,9 @@ def _adapted_class(base: Any) -> type:
         return self._sharded(base.sharded_state_dict, prefix, sharded_offsets, metadata)
 
     product = {"gating": gating} if issubclass(base, Router) else {"forward": forward}
-    members = {**product, "sharded_state_dict": sharded_state_dict, "__module__": base.__module__}
+    members = {**product, "__module__": base.__module__}
+    if hasattr(base, "sharded_state_dict"):  # layers of torch have none, and are saved by what they are in
+        members["sharded_state_dict"] = sharded_state_dict
     return type(f"Adapted{base.__name__}", (base, AdaptedLayer), members)
 
 

@@ -2,7 +2,8 @@
 
 A column-parallel layer holds some of its outputs on each rank, a row-parallel one some of its inputs, an embedding some
 of the vocabulary. With sequence parallelism the other side of the layer holds a part of each sequence. The layers of
-experts leave gathering their inputs and adding up their outputs to the token dispatcher.
+experts leave gathering their inputs and adding up their outputs to the token dispatcher. Layers of torch, in towers
+that transformers wrote, are whole on every rank.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.nn import functional
 from megatron.bridge.conversion.shards import REPLICATED, Blocks, Replicated
 from megatron.bridge.errors import BridgeError
 
-type Kind = Literal["column", "row", "whole", "vocabulary"]
+type Kind = Literal["column", "row", "whole", "vocabulary", "plain"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Division:
     """How a layer is divided.
 
     Args:
-        kind: what each rank holds: outputs, inputs, everything, or entries of the vocabulary.
+        kind: what each rank holds: outputs, inputs, entries of the vocabulary, or everything: of a router (`whole`), of
+            a linear layer of torch (`plain`).
         inputs, outputs: of the whole layer.
         group: the ranks that divide it; None for a layer that is whole everywhere.
         sequence_parallel: the side that is not divided by `kind` holds a part of each sequence.
@@ -59,6 +61,8 @@ class Division:
         if isinstance(layer, Router):
             experts, hidden = layer.weight.shape
             return cls("whole", hidden, experts, None, bool(getattr(layer.weight, "sequence_parallel", False)))
+        if type(layer) is torch.nn.Linear:  # what inherits from it may be read past any adapter
+            return cls("plain", layer.in_features, layer.out_features, None, False)
         kind = _kind(layer)
         if kind is None:
             return None

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from megatron.bridge.peft.adapter import Adapter, Place
 
 
+# The attribute of a chunk whose linear layers of torch may be targets. Elsewhere they are left alone: beside a language
+# model the names of a tower's layers (`q_proj`) stand for those of the language model.
+TOWER = "is_tower"
+
+
 @dataclass(kw_only=True)
 class LayerMethod(PEFT):
     """Define `adapter`; what else a method of this kind needs is here.
@@ -27,6 +32,11 @@ class LayerMethod(PEFT):
     @property
     def takes_parts(self) -> bool:
         """Whether a fused layer may be a target by some of its parts alone (q and v, without k)."""
+        return False
+
+    @property
+    def serves_plain_layers(self) -> bool:
+        """Whether layers of torch may be targets, in towers that transformers wrote."""
         return False
 
     @property
@@ -55,6 +65,8 @@ class LayerMethod(PEFT):
             return module
         if division.kind == "whole" and not self.names_router(full):
             return module
+        if division.kind == "plain" and not self._in_tower:
+            return module
         if division.kind == "column" and division.size > 1 and name == "in_proj":
             raise BridgeError(
                 f"{full} (state space, linear attention) holds several blocks, of each of which a tensor-parallel rank "
@@ -74,8 +86,15 @@ class LayerMethod(PEFT):
         return attach(module, self.adapter_name, adapter)
 
     def begins(self, chunk: "torch.nn.Module") -> None:
-        """Forget the experts of other models."""
+        """Forget the experts of other models, and see whether this one is a tower of layers of torch.
+
+        Raises:
+            BridgeError: it is, and the method has no adapters for these.
+        """
         self._of_first_expert: dict[str, Adapter] = {}
+        self._in_tower = bool(getattr(chunk, TOWER, False))
+        if self._in_tower and not self.serves_plain_layers:
+            raise BridgeError(f"{type(self).__name__} has no adapters for the layers of towers; use LoRA or DoRA there")
 
     def applied(self, chunks: "list[torch.nn.Module]") -> None:
         """Let no other adapter take part, on layers either that this one is not on."""
@@ -103,7 +122,8 @@ class LayerMethod(PEFT):
     def requirement(self) -> str:
         return (
             f"{type(self).__name__} changes linear layers, embeddings and output layers, and routers when they are "
-            "named; Hugging Face names (q_proj) are known where the model comes from an AutoBridge"
+            "named; Hugging Face names (q_proj) are known where the model comes from an AutoBridge. Towers have "
+            "adapters in models of several modules, by MimoProvider.adapters"
         )
 
     @property

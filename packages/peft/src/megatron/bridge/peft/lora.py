@@ -108,6 +108,10 @@ class LoRA(LayerMethod):
         return self.separate_parts
 
     @property
+    def serves_plain_layers(self) -> bool:
+        return True
+
+    @property
     def shares_experts(self) -> bool:
         return self.share_experts
 
@@ -123,7 +127,7 @@ class LoRA(LayerMethod):
         Raises:
             BridgeError: they should, and nothing tells which parts there are.
         """
-        if not self.separate_parts:
+        if not self.separate_parts or place.division.kind == "plain":
             return False
         if not place.hf:
             raise BridgeError(

@@ -21,7 +21,7 @@ from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.hf_side import is_hf_folder, write_hf_folder
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path, set_aside
 from megatron.bridge.training.parameter_sync import whole_parameters
-from megatron.bridge.training.peft_section import fill_trained_part, trained_part
+from megatron.bridge.training.peft_section import fill_trained_part, is_adapted, trained_part
 from megatron.bridge.training.random_state import put_back, random_state
 from megatron.bridge.training.side_files import side_files
 from megatron.bridge.training.state import TrainProgress
@@ -269,12 +269,12 @@ def _trained_state(model: list[Any], cfg: "ConfigContainer") -> dict[str, Any]:
     """What a run saves: the whole model, or what a PEFT method trains."""
     chunks = as_chunks(model)
     state = _model_state(model)
-    return state if cfg.peft is None else trained_part(state, chunks, state_keys(len(chunks)))
+    return trained_part(state, chunks, state_keys(len(chunks))) if is_adapted(cfg) else state
 
 
 def _fill_trained(model: list[Any], loaded: Mapping[str, Any], cfg: "ConfigContainer") -> None:
     chunks = as_chunks(model)
-    if cfg.peft is None:
-        fill(chunks, loaded)
-    else:
+    if is_adapted(cfg):
         fill_trained_part(chunks, loaded, state_keys(len(chunks)))
+    else:
+        fill(chunks, loaded)

@@ -76,8 +76,12 @@ class Engine:
         """What `loading_place` says of the micro-batches that are read for `stream_place`."""
         return batches
 
+    def methods(self, cfg: "ConfigContainer") -> dict[str, Any]:
+        """The PEFT methods of the run, by the settings that hold them; none where all is trained that is not frozen."""
+        return {} if cfg.peft is None else {"peft": cfg.peft}
+
     def adapt(self, method: Any, chunks: list[Any]) -> list[Any]:
-        """Apply a PEFT method to bare chunks, for training. Collective over the ranks that share the model."""
+        """Apply `cfg.peft` to bare chunks, for training. Collective over the ranks that share the model."""
         adapted: list[Any] = method(chunks, training=True)
         return adapted
 
@@ -85,7 +89,11 @@ class Engine:
         """Megatron-Core's optimizer. Collective."""
         from megatron.core.optimizer import get_megatron_optimizer
 
-        return get_megatron_optimizer(settings, model, config_overrides=overrides)
+        from megatron.bridge.training.fused_update import fuse_updates
+
+        optimizer = get_megatron_optimizer(settings, model, config_overrides=overrides)
+        fuse_updates(optimizer)
+        return optimizer
 
     def schedule(self) -> Callable[..., list[dict[str, "Tensor"]]]:
         """Megatron-Core's schedule of forward and backward passes."""

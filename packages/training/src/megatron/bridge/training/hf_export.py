@@ -8,6 +8,7 @@ from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.best import best_folder
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.hf_side import bridge_of, hf_start
+from megatron.bridge.training.peft_section import is_adapted
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -31,7 +32,7 @@ class ExportHF(Callback):
     def on_train_start(self, run: "RunState") -> None:
         if self.folder.exists():
             raise BridgeError(f"the export folder {str(self.folder)!r} exists; choose another")
-        if self._adapter and run.cfg.peft is None:
+        if self._adapter and not is_adapted(run.cfg):
             raise BridgeError(
                 "there is no adapter to export: peft is not set, e.g. peft=lora; export the model instead"
             )

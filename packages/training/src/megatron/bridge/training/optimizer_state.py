@@ -14,7 +14,7 @@ def prepare_optimizer_state(optimizer: Any) -> None:
     """Give parameters that were never stepped the state that they would have: zero moments at step 0."""
     import torch
 
-    for inner in _torch_adams(optimizer):
+    for inner in torch_adams(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
@@ -37,7 +37,7 @@ def load_optimizer_state(optimizer: Any, state: dict[Any, Any], saved: dict[Any,
 
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = by_part(state, saved, parts)
-    if not _torch_adams(optimizer):
+    if not torch_adams(optimizer):
         optimizer.load_state_dict(states[0] if len(parts) == 1 else dict(enumerate(states)))
         return
     for part, held in zip(parts, states, strict=True):
@@ -46,7 +46,7 @@ def load_optimizer_state(optimizer: Any, state: dict[Any, Any], saved: dict[Any,
         else:
             _restore_step_zero(held)
             part.load_state_dict(held)
-    for inner in _torch_adams(optimizer):
+    for inner in torch_adams(optimizer):
         for held in inner.state.values():
             held["step"] = torch.as_tensor(held.get("step", 0.0), dtype=torch.float32).clone()
 
@@ -69,7 +69,8 @@ def _restore_step_zero(state: dict[str, Any]) -> None:
     state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
-def _torch_adams(optimizer: Any) -> list[Any]:
+def torch_adams(optimizer: Any) -> list[Any]:
+    """torch's Adam and AdamW in one of Megatron-Core's optimizers."""
     import torch
 
     inner = [getattr(part, "optimizer", None) for part in getattr(optimizer, "chained_optimizers", [optimizer])]

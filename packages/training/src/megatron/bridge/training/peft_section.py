@@ -13,20 +13,25 @@ if TYPE_CHECKING:
 
 def peft_problems(cfg: "ConfigContainer") -> Iterator[str]:
     """What is wrong with the section, and with others because of it."""
-    method = cfg.peft
-    if method is None:
-        return
-    if not isinstance(method, PEFT):
-        yield f"peft={method!r} is no PEFT method; give an object such as LoRA(), or a name: peft=lora"
-        return
-    method.settle()
-    yield from (f"peft: {problem}" for problem in method.problems())
+    methods = engine_of(cfg).methods(cfg)
+    for where, method in methods.items():
+        if not isinstance(method, PEFT):
+            yield f"{where}={method!r} is no PEFT method; give an object such as LoRA(), or a name: peft=lora"
+            return
+        method.settle()
+        yield from (f"{where}: {problem}" for problem in method.problems())
     weights_given = getattr(cfg.model, "loads_weights", False)
-    if cfg.checkpoint.pretrained_checkpoint is None and not weights_given:
+    if methods and cfg.checkpoint.pretrained_checkpoint is None and not weights_given:
         yield (
-            "peft trains beside weights that stay as they are, and nothing gives them: build the model by "
-            "AutoBridge.from_hf_pretrained(...).to_megatron_provider(), or set checkpoint.pretrained_checkpoint"
+            f"{next(iter(methods))} trains beside weights that stay as they are, and nothing gives them: build the "
+            "model by AutoBridge.from_hf_pretrained(...).to_megatron_provider(), or set "
+            "checkpoint.pretrained_checkpoint"
         )
+
+
+def is_adapted(cfg: "ConfigContainer") -> bool:
+    """Whether the run trains beside weights that stay as they are, which are then no part of its checkpoints."""
+    return bool(engine_of(cfg).methods(cfg))
 
 
 def apply_peft(cfg: "ConfigContainer", chunks: "list[Any]") -> "list[Any]":
@@ -48,8 +53,9 @@ def apply_peft(cfg: "ConfigContainer", chunks: "list[Any]") -> "list[Any]":
 
 
 def adapted_notices(cfg: "ConfigContainer") -> list[str]:
-    """What the method changed on this rank, in one line; nothing where it had nothing to change."""
-    return [str(cfg.peft.report).splitlines()[0]] if cfg.peft.was_applied else []
+    """What each method changed on this rank, in one line; nothing where it had nothing to change."""
+    applied = [each for each in engine_of(cfg).methods(cfg).values() if each.was_applied]
+    return [str(method.report).splitlines()[0] for method in applied]
 
 
 def optimizer_overrides(cfg: "ConfigContainer", settings: Any) -> Any:
@@ -58,7 +64,17 @@ def optimizer_overrides(cfg: "ConfigContainer", settings: Any) -> Any:
     Args:
         settings: Megatron-Core's `OptimizerConfig` of the run.
     """
-    wanted = {} if cfg.peft is None else cfg.peft.optimizer_overrides(settings.lr, settings.min_lr or 0.0)
+    return None if cfg.peft is None else method_overrides(cfg.peft, settings)
+
+
+def method_overrides(method: PEFT, settings: Any) -> Any:
+    """Megatron-Core's overrides per parameter with those of a method; None where it has none.
+
+    Args:
+        method: whose.
+        settings: Megatron-Core's `OptimizerConfig` of the run.
+    """
+    wanted = method.optimizer_overrides(settings.lr, settings.min_lr or 0.0)
     if not wanted:
         return None
     from megatron.core.optimizer import ParamKey, get_standard_config_overrides

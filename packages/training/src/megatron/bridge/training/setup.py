@@ -14,7 +14,7 @@ from megatron.bridge.training.determinism import deterministic
 from megatron.bridge.training.engine import engine_of
 from megatron.bridge.training.hf_export import ExportHF
 from megatron.bridge.training.hf_side import load_hf
-from megatron.bridge.training.peft_section import adapted_notices, apply_peft, optimizer_overrides
+from megatron.bridge.training.peft_section import adapted_notices, apply_peft, is_adapted, optimizer_overrides
 from megatron.bridge.training.scheduler import build_scheduler
 from megatron.bridge.training.state import RunState
 from megatron.bridge.training.step import finish_gradients
@@ -68,7 +68,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     model = cfg.model.provide_distributed_model(
         ddp_config=cfg.ddp,
         wrap_with_ddp=True,
-        pre_wrap_hook=None if cfg.peft is None else partial(apply_peft, cfg),
+        pre_wrap_hook=partial(apply_peft, cfg) if is_adapted(cfg) else None,
         seed=_seed_of_replica(cfg),
     )
     optimizer = build_optimizer(cfg, model)
@@ -80,7 +80,7 @@ def setup(cfg: "ConfigContainer", callbacks: Sequence[Callback] = ()) -> RunStat
     connect(run)
     if start is not None and cfg.checkpoint.load is not None:
         restore(run, start)
-    elif cfg.peft is not None:
+    elif is_adapted(cfg):
         run.notices += adapted_notices(cfg)  # the weights came before the method did
     elif start is not None:
         load_weights(model, optimizer, start.folder)

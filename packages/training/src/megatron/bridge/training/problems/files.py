@@ -9,6 +9,7 @@ from megatron.bridge.conversion.checkpoint_layout import resolve, saved_iteratio
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.training.hf_side import hf_start, is_hf_folder, kept_hf_files
 from megatron.bridge.training.newest_whole import Found, newest_whole, resumed_path
+from megatron.bridge.training.peft_section import is_adapted
 from megatron.bridge.training.same_model import other_model_problems
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def checkpoint_problems(cfg: "ConfigContainer") -> Iterator[str]:
     for name in ("save_interval", "async_save", "most_recent_k", "save_hf"):
         if getattr(checkpoint, name) and checkpoint.save is None:
             yield f"checkpoint.{name} is set, but checkpoint.save is not: there is no folder to save into"
-    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and cfg.peft is None:
+    if checkpoint.load is not None and checkpoint.pretrained_checkpoint is not None and not is_adapted(cfg):
         yield "checkpoint.load and checkpoint.pretrained_checkpoint are both set; keep one"
     if checkpoint.ckpt_step is not None and checkpoint.load is None:
         yield "checkpoint.ckpt_step is set, but checkpoint.load is not: there is no folder to take the iteration from"
