@@ -38,6 +38,10 @@ parity *args:
 mimo-experiments *args:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python integration_tests/mimo_experiments.py {{args}}
 
+# What a tower takes that tensor parallelism divides, beside one that is whole on every rank (docs/mimo.md).
+mimo-towers:
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python integration_tests/mimo_towers.py
+
 # Train a vision-language model at every MIMO placement beside transformers (docs/mimo-parity.md).
 mimo-parity:
     PYTHONPATH=integration_tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m mimo_parity

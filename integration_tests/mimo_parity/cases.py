@@ -242,6 +242,8 @@ WIDE = (
     Case("1 + CP2, frozen language model", "heterogeneous", _ONE, _ONE, True, _STILL, context=2),
     Case("1 + CP2 EP2, mixture of experts", "heterogeneous", _ONE, _ONE, True, (), "experts", 2, 2),
     Case("TP2 + CP2", "heterogeneous", _TP2, _ONE, True, context=2),
+    Case("1 + CP2 PP2", "heterogeneous", _ONE, _PP2, True, context=2),
+    Case("1 + CP2 PP2, Qwen2.5-VL, packed", "heterogeneous", _ONE, _PP2, True, ("packed",), _QWEN, context=2),
     Case("DP2 + CP2, frozen tower, distributed", "heterogeneous", _DP2, _ONE, True, _FROZEN, context=2),
     Case("DP2 + CP2, packed, distributed", "heterogeneous", _DP2, _ONE, True, _PACKED, context=2),
     Case("DP2 + CP2, Qwen2.5-VL, packed", "heterogeneous", _DP2, _ONE, True, ("packed",), _QWEN, context=2),

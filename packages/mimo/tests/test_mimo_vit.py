@@ -8,16 +8,19 @@ import torch
 import transformers
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.conversion.live import TensorsInMemory, load_weights
+from megatron.bridge.conversion.table import WeightTable
 from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo import MimoParallelismConfig, ModuleParallelismConfig
 from megatron.bridge.mimo.sharded_parts import sharded_state
 from megatron.bridge.mimo.towers import ClipTower, SiglipTower
 from megatron.bridge.mimo.vision_half import VisionHalf
 from megatron.bridge.mimo.vit import ParallelViT
+from megatron.bridge.mimo.vit_weights import vit_rules
 from megatron.bridge.testing import run_ranks
 
 # Imported once, before ranks are forked.
-WARM = (transformers.CLIPVisionModel, transformers.SiglipVisionModel, transformers.LlavaNextModel)
+WARM = [getattr(transformers, f"{name}Model") for name in ("Llava", "LlavaNext", "LlavaOnevision", "AyaVision")]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"image_size": 28, "patch_size": 7}
 TOWERS = [
@@ -124,25 +127,56 @@ def test_halves_with_other_towers_are_refused(config: Any, told: str) -> None:
     assert re.search(told, problem), problem
 
 
-def state_of_half() -> dict[str, tuple[int, ...]]:
-    """Shapes of the checkpoint of LLaVA-NeXT's half, which has a weight of its own beside the tower."""
+CLIP, SIGLIP = (SIZES | {"model_type": f"{kind}_vision_model"} for kind in ("clip", "siglip"))
+TEXT = {"hidden_size": 64, "num_hidden_layers": 1, "eos_token_id": 2}
+TILES = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+TREE = "vision_tower."
+HALVES: dict[str, dict[str, Any]] = {
+    "Llava": {"vision_config": CLIP},
+    "LlavaNext": {"vision_config": CLIP, **TILES},
+    "LlavaOnevision": {"vision_config": SIGLIP | {"vision_use_head": False}, **TILES},
+    "AyaVision": {"vision_config": SIGLIP},
+}
+
+
+def half_of(name: str) -> VisionHalf:
+    text = TEXT | {"model_type": "cohere2" if name == "AyaVision" else "llama"}
+    made = getattr(transformers, f"{name}Config")(text_config=text, **HALVES[name])
+    made.architectures = [f"{name}ForConditionalGeneration"]
+    return VisionHalf.of(AutoBridge.from_hf_config(made))
+
+
+def compared_halves() -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+    """How far each half is from transformers', and the checkpoint's shapes of one that has a weight of its own."""
     config, groups = placed()
-    made = transformers.LlavaNextConfig(
-        architectures=["LlavaNextForConditionalGeneration"],
-        vision_config=SIZES | {"model_type": "clip_vision_model"},
-        text_config={"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1},
-    )
-    half = VisionHalf.of(AutoBridge.from_hf_config(made), implementation="megatron")
-    module = half.build_on(config, groups, initialized=False)
-    state = sharded_state(module, "x.", (), {"dp_cp_group": groups.dp_cp}, groups.tp)
-    weights = {name for name in module.state_dict() if not name.endswith("_extra_state")}
-    assert {f"x.{name}" for name in weights} <= state.keys()
-    return {name: state[f"x.{name}"].global_shape for name in weights}
+    apart, shapes = {}, {}
+    for name, half in ((name, half_of(name)) for name in HALVES):
+        theirs = half.build_on(config, groups, initialized=True)
+        expected = torch.stack(list(half.encode(theirs, half.ghost())))
+        half.implementation = "megatron"
+        assert not list(half.problems(groups.tp.size()))
+        ours = half.build_on(config, groups, initialized=False)
+        weights = theirs.state_dict()
+        ours.load_state_dict({name: each for name, each in weights.items() if not name.startswith(TREE)}, strict=False)
+        tower: Any = ours.vision_tower
+        source = TensorsInMemory(
+            {name.removeprefix(TREE): each for name, each in weights.items() if name.startswith(TREE)}
+        )
+        load_weights(tower, WeightTable.of(vit_rules(tower.hf_config, tower.feature_layers)), source, groups=groups)
+        found = torch.stack(list(half.encode(ours, half.ghost())))
+        apart[name] = float((found - expected).abs().max() / expected.abs().max())
+        if name == "LlavaNext":
+            state = sharded_state(ours, "x.", (), {"dp_cp_group": groups.dp_cp}, groups.tp)
+            kept = [name for name in ours.state_dict() if not name.endswith("_extra_state")]
+            shapes = {name: state[f"x.{name}"].global_shape for name in kept}
+    return apart, shapes
 
 
-def test_checkpoints_hold_divided_weights_whole() -> None:
-    one, two = (run_ranks(ranks, state_of_half, timeout=200)[0] for ranks in (1, 2))
-    assert one == two
-    assert one["image_newline"] == (64,)
-    assert one["vision_tower.decoder.layers.1.mlp.linear_fc1.weight"] == (2, 48, 32)
-    assert one["vision_tower.unused.encoder.layers.2.mlp.fc1.weight"] == (48, 32)
+def test_halves_see_what_transformers_models_see_and_keep_their_weights_whole() -> None:
+    (one, shapes), (two, again) = (run_ranks(ranks, compared_halves, timeout=200)[0] for ranks in (1, 2))
+    assert one.keys() == two.keys() == HALVES.keys()
+    assert max(*one.values(), *two.values()) < 1e-5, (one, two)
+    assert shapes == again
+    assert shapes["image_newline"] == (64,)
+    assert shapes["vision_tower.decoder.layers.1.mlp.linear_fc1.weight"] == (2, 48, 32)
+    assert shapes["vision_tower.unused.encoder.layers.2.mlp.fc1.weight"] == (48, 32)
