@@ -3,7 +3,7 @@
 Methods live elsewhere. What they owe conversion is in `HoldsAdapters` and `IsAdapter`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -139,6 +139,7 @@ class MergedWeights(Mapping[str, "torch.Tensor"]):
         refuse_tied(chunks)
         self._weights = weights
         layers = adapted(chunks)
+        self._merged: dict[str, Callable[[torch.Tensor], torch.Tensor]]
         self._merged = {f"{each.name}{_WEIGHT}": each.layer.merged_weight for each in layers}
         self._merged |= {f"{each.name}{_BIAS}": each.layer.merged_bias for each in layers}
 
