@@ -139,10 +139,9 @@ class MergedWeights(Mapping[str, "torch.Tensor"]):
         refuse_tied(chunks)
         self._weights = weights
         layers = adapted(chunks)
-        self._merged: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        for each in layers:
-            self._merged[f"{each.name}{_WEIGHT}"] = each.layer.merged_weight
-            self._merged[f"{each.name}{_BIAS}"] = each.layer.merged_bias
+        self._merged: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+        self._merged = {f"{each.name}{_WEIGHT}": each.layer.merged_weight for each in layers}
+        self._merged |= {f"{each.name}{_BIAS}": each.layer.merged_bias for each in layers}
 
     def __getitem__(self, name: str) -> "torch.Tensor":
         weight = self._weights[name]
