@@ -148,7 +148,9 @@ class PeftNames:
         """Target modules and parameters: by the end of their names, where every one with that end is among them."""
         wanted = set(targets)
         parameters = wanted & self.parameters
-        return _endings(wanted - parameters, self.modules), _endings(parameters, self.parameters, shortest=2)
+        # peft adapts whatever has such an end, convolutions too, and refuses what it has no adapter for.
+        modules = frozenset() if self._model is None else frozenset(name for name, _ in self._model.named_modules())
+        return _endings(wanted - parameters, modules), _endings(parameters, self.parameters, shortest=2)
 
 
 def _spelled(pattern: str, names: Iterable[str]) -> bool:
