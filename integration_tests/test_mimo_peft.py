@@ -184,18 +184,33 @@ def test_adapters_compute_in_peft_what_they_compute_here(subject: str, on_images
     assert all(other[name].equal(each) for name, each in one.items())
 
 
+VIT = ("vit",)
+ON_VIT: dict[str, Any] = {"target_modules": ["linear_qkv", "linear_proj", "linear_fc2", "linear_1"]}
+
+
 @pytest.mark.timeout(600)
-def test_a_checkpoint_holds_adapters_alone_and_goes_on_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("here", "settings", "on_images"),
+    [
+        (COLOCATED, (), DoRA(dim=2, alpha=6, **ON_IMAGES)),
+        (Case("divided", "colocated", (2, 1, 1), (1, 1, 2), settings=VIT), VIT, LoRA(dim=2, alpha=6, **ON_VIT)),
+    ],
+    ids=["transformers' tower", "divided tower"],
+)
+def test_a_checkpoint_holds_adapters_alone_and_goes_on_elsewhere(
+    here: Case, settings: tuple[str, ...], on_images: Any, tmp_path: Path
+) -> None:
     folder, place = tmp_path / "hf", str(tmp_path / "saved")
     save_random_model(llava_config(), folder)
-    on_images = DoRA(dim=2, alpha=6, **ON_IMAGES)
+    # peft holds no DoRA beside LoRA.
+    exported = None if isinstance(on_images, DoRA) else tmp_path / "adapter"
 
     def first() -> Any:
-        whole = tuned(lora_run(COLOCATED, folder, on_images=on_images))
-        cfg = lora_run(COLOCATED, folder, on_images=on_images, save=place)
+        whole = tuned(lora_run(here, folder, on_images=on_images), end=exported)
+        cfg = lora_run(here, folder, on_images=on_images, save=place)
         cfg.train.exit_interval = 2
         tuned(cfg)
-        return whole, tuned(lora_run(COLOCATED, folder, on_images=on_images, load=place))
+        return whole, tuned(lora_run(here, folder, on_images=on_images, load=place))
 
     (losses, weights), (resumed, there) = run_ranks(2, first, timeout=300)[0]
     assert resumed == {step: loss for step, loss in losses.items() if step > 2}
@@ -203,10 +218,13 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_elsewhere(tmp_path: Path)
     kept = [name for name in tensor_index(place) if not name.startswith("optimizer.")]
     assert {name.partition(".")[0] for name in kept} == {"language_model", "modality_submodules"}
     assert all(".adapters." in name for name in kept)
-    cfg = lora_run(APART, folder, on_images=on_images, load=place)
+    cfg = lora_run(replace(APART, settings=settings), folder, on_images=on_images, load=place)
     apart, elsewhere = run_ranks(3, lambda: tuned(cfg), timeout=300)[0]
     assert apart == pytest.approx(resumed, abs=1e-5)
     expect_equal(elsewhere, weights)
+    if exported is not None:
+        merged = peft.PeftModel.from_pretrained(load(folder), exported).merge_and_unload()
+        expect_equal(weights, saved(merged, {name: each.detach() for name, each in merged.named_parameters()}))
 
 
 def test_what_cannot_be_adapted_is_refused_on_every_rank(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_peft_parity import MODELS
-from transformers import Mamba2Config
+from transformers import Mamba2Config, Qwen2Config
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.conversion.logits import megatron_logits
@@ -37,7 +37,18 @@ MAMBA = Mamba2Config(
     architectures=["Mamba2ForCausalLM"],
     dtype="float32",
 )
-CONFIGS = MODELS | {"mamba2": MAMBA}
+# Its q, k and v have biases, which (IA)^3 scales too.
+QWEN2 = Qwen2Config(
+    vocab_size=131,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    architectures=["Qwen2ForCausalLM"],
+    dtype="float32",
+)
+CONFIGS = MODELS | {"mamba2": MAMBA, "qwen2": QWEN2}
 METHODS: dict[str, dict[str, Any]] = {
     "llama": {
         "lora": LoRA(dim=4, dropout=0.1, use_rslora=True, rank_pattern={"linear_proj": 2}),
@@ -52,8 +63,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "lora shared by the experts": LoRA(dim=4, share_experts=True),
     },
     "mamba2": {"lora": LoRA(dim=4, target_modules=["in_proj"])},
+    "qwen2": {"ia3": IA3()},
 }
-LAYOUTS = {"llama": "tp2", "qwen3 moe": "ep2", "mamba2": "single"}
+LAYOUTS = {"llama": "tp2", "qwen3 moe": "ep2", "mamba2": "single", "qwen2": "tp2"}
 
 
 def _made(bridge: AutoBridge, layout: str) -> Any:

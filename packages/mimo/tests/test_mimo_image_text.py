@@ -223,3 +223,7 @@ def test_datasets_that_cannot_be_read_are_refused(config: ImageTextDatasetConfig
     train, *_ = config.build_train_valid_test_datasets(context)
     with pytest.raises(BridgeError, match="row . of .* has no image as Hugging Face's Image feature stores it"):
         train[0]  # type: ignore[index]
+    (file,) = Path(config.path or "").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(BridgeError, match=r"rows/data.*\.arrow cannot be read as Arrow"):
+        config.build_train_valid_test_datasets(context)

@@ -134,6 +134,27 @@ def test_several_adapters_switch_merge_and_unmerge(make_gpt: MakeGPT, gpt_batch:
         assert found["unmerged"]
 
 
+def test_factors_of_outputs_are_merged_into_biases_too(make_gpt: MakeGPT, gpt_batch: dict[str, Any]) -> None:
+    def work() -> None:
+        from megatron.bridge.peft.adapted_layer import merge_adapter, unmerge_adapter
+
+        model = make_gpt(tensor_model_parallel_size=2)
+        for name, each in model.named_parameters():
+            if name.endswith("bias"):
+                each.data.add_(0.2)
+        biases = {name: each.clone() for name, each in model.named_parameters() if name.endswith("bias")}
+        IA3(target_modules=["linear_qkv", "linear_proj", "linear_fc1"], feedforward_modules=[])(model)
+        adapted = _stirred(model)(**gpt_batch)
+        merge_adapter(model)
+        torch.testing.assert_close(model(**gpt_batch), adapted, rtol=1e-5, atol=1e-5)
+        named = dict(model.named_parameters())
+        assert any(not named[name].equal(each) for name, each in biases.items())
+        unmerge_adapter(model)
+        assert all(named[name].equal(each) for name, each in biases.items())
+
+    run_ranks(2, work, timeout=100)
+
+
 def test_layers_and_exclusions(make_gpt: MakeGPT) -> None:
     def work() -> list[str]:
         method = LoRA(dim=2, layers_to_transform=[1], exclude_modules=["linear_fc1"])

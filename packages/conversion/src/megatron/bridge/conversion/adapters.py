@@ -3,7 +3,7 @@
 Methods live elsewhere. What they owe conversion is in `HoldsAdapters` and `IsAdapter`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from megatron.bridge.errors import BridgeError
 if TYPE_CHECKING:
     import torch
 
-_WEIGHT = ".weight"
+_WEIGHT, _BIAS = ".weight", ".bias"
 _OUTPUT = "output_layer"
 
 
@@ -60,6 +60,7 @@ class HoldsAdapters(Protocol):
     def adapters(self) -> Mapping[str, IsAdapter]: ...
 
     def merged_weight(self, weight: "torch.Tensor") -> "torch.Tensor": ...
+    def merged_bias(self, bias: "torch.Tensor") -> "torch.Tensor": ...
 
 
 class ModuleTable:
@@ -129,7 +130,7 @@ def adapted(chunks: "Sequence[torch.nn.Module]", layout: Layout | None = None) -
 
 
 class MergedWeights(Mapping[str, "torch.Tensor"]):
-    """Weights by canonical name, where those of layers with an active adapter come with it merged, when asked for.
+    """Weights and biases by canonical name, those of layers with an active adapter with it merged, when asked for.
 
     Nothing is kept, so at most one merged weight exists at a time.
     """
@@ -137,12 +138,14 @@ class MergedWeights(Mapping[str, "torch.Tensor"]):
     def __init__(self, chunks: "Sequence[torch.nn.Module]", weights: "Mapping[str, torch.Tensor]") -> None:
         refuse_tied(chunks)
         self._weights = weights
-        self._layers = {f"{each.name}{_WEIGHT}": each.layer for each in adapted(chunks)}
+        layers = adapted(chunks)
+        self._merged: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+        self._merged = {f"{each.name}{_WEIGHT}": each.layer.merged_weight for each in layers}
+        self._merged |= {f"{each.name}{_BIAS}": each.layer.merged_bias for each in layers}
 
     def __getitem__(self, name: str) -> "torch.Tensor":
         weight = self._weights[name]
-        merged: torch.Tensor = self._layers[name].merged_weight(weight) if name in self._layers else weight
-        return merged
+        return self._merged[name](weight) if name in self._merged else weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

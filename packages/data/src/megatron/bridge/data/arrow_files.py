@@ -46,7 +46,7 @@ class SavedRows(Sequence[dict[str, Any]]):
         columns: wanted of each row.
 
     Raises:
-        BridgeError: pyarrow is absent, the folder is no dataset on disk, or a column is absent.
+        BridgeError: pyarrow is absent, the folder is no dataset on disk, a file cannot be read, or has no such column.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ class SavedRows(Sequence[dict[str, Any]]):
 
         tables = []
         for file in files:
-            with pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) as stream:
+            with _readable(file), pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) as stream:
                 for name in columns:
                     _check(file, name, stream.schema.names, remedy="name another one")
                 tables.append(stream.read_all().select(list(columns)))
@@ -109,11 +109,17 @@ def _refuse_without_pyarrow(file: Path) -> None:
 def _opened(file: Path, name: str | None) -> Iterator[tuple[int, Iterator[Any]]]:
     """Number of rows, and batches of them, of one column or of all."""
     _refuse_without_pyarrow(file)
+    with _readable(file), _OPENERS[file.suffix.lower()](file, name) as found:
+        yield found
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Within the block, what pyarrow says of a broken file is said of this one."""
     import pyarrow
 
     try:
-        with _OPENERS[file.suffix.lower()](file, name) as found:
-            yield found
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise BridgeError(f"{file} cannot be read as {file.suffix[1:].title()}: {error}") from error
 

@@ -40,8 +40,8 @@ class VisionLanguageProvider(GPTModelProvider):
         if self.context_parallel_size > 1:
             raise BridgeError(
                 f"context_parallel_size={self.context_parallel_size}: images are put among the embeddings of whole "
-                "sequences; set it to 1 and divide the work by tensor and pipeline parallelism, or train the model taken "
-                "apart (megatron.bridge.mimo.MimoProvider), where sequences are divided behind the images"
+                "sequences; set it to 1 and divide the work by tensor and pipeline parallelism, or train the model "
+                "taken apart (megatron.bridge.mimo.MimoProvider), where sequences are divided behind the images"
             )
         return super().transformer_config()
 

@@ -46,11 +46,17 @@ class AdaptedLayer:
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """This rank's part of the weight with the active adapter in it. Collective over the ranks of the layer."""
+        return self._merged("merged", weight)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """The same of the bias."""
+        return self._merged("merged_bias", bias)
+
+    def _merged(self, how: str, values: Tensor) -> Tensor:
         if self.active is None or self.merged_adapter is not None:
-            return weight
-        adapter: Any = self.adapters[self.active]
+            return values
         with torch.no_grad():
-            merged: Tensor = adapter.merged(weight.detach())
+            merged: Tensor = getattr(self.adapters[self.active], how)(values.detach())
         return merged
 
     def _sharded(
@@ -155,10 +161,13 @@ def merge_adapter(model: Any) -> None:
     refuse_tied(as_chunks(model))
     for layer in layers:
         if layer.merged_adapter is None:
-            weight: Any = layer.weight
+            merged = {"weight": layer.merged_weight(layer.weight)}
+            if getattr(layer, "bias", None) is not None:
+                merged["bias"] = layer.merged_bias(layer.bias)
             # What was there is kept: the difference of two large numbers is not what was added.
-            layer.kept_weight = weight.detach().clone()
-            weight.data.copy_(layer.merged_weight(weight))
+            layer.kept_values = {name: getattr(layer, name).detach().clone() for name in merged}
+            for name, values in merged.items():
+                getattr(layer, name).data.copy_(values)
             layer.merged_adapter = layer.active
 
 
@@ -166,8 +175,9 @@ def unmerge_adapter(model: Any) -> None:
     """Take the merged adapter out of the weights again, bit for bit."""
     for layer in adapted_layers(model):
         if layer.merged_adapter is not None:
-            layer.weight.data.copy_(layer.kept_weight)
-            layer.merged_adapter = layer.kept_weight = None
+            for name, values in layer.kept_values.items():
+                getattr(layer, name).data.copy_(values)
+            layer.merged_adapter = layer.kept_values = None
 
 
 def _sharded(adapter: Any, prefix: str, offsets: Any, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,10 @@ class Adapter(torch.nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """This rank's part of the layer's weight with the adapter in it; `weight` stays. May be collective."""
 
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """This rank's part of the layer's bias with the adapter in it; `bias` stays."""
+        return bias
+
     @abstractmethod
     def shards(self) -> Mapping[str, Blocks | Replicated]:
         """Parameter name -> how tensor-parallel ranks divide it."""

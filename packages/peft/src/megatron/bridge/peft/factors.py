@@ -71,6 +71,9 @@ class OutputFactors(Adapter):
     def merged(self, weight: Tensor) -> Tensor:
         return weight * self._factors()[:, None]
 
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        return bias * self._factors()
+
     def hf_settings(self, target: str) -> dict[str, Any]:
         return {"feedforward": False}
 
