@@ -23,7 +23,7 @@ class ExportHF(Callback):
 
     Args:
         folder: must not exist.
-        adapter: write the adapter of `cfg.peft` for Hugging Face peft, instead of the model with the adapter merged.
+        adapter: write the adapters alone for Hugging Face peft, instead of the model with them merged.
     """
 
     def __init__(self, folder: str | Path, *, adapter: bool = False) -> None:
