@@ -1,6 +1,7 @@
 """MIMO placements of all three modes train as transformers and torch do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mimo_parity.reference import saved as as_saved
 from mimo_parity.run import Trained, failing_step, run_of, train_case, trained
 from mimo_parity.subjects import llava_config, mixtral_config
 
+from megatron.bridge.errors import BridgeError
 from megatron.bridge.mimo import ModuleOptimizerConfig
 from megatron.bridge.testing import RankFailed, run_ranks, save_random_model
 from megatron.bridge.training.callbacks import Callback
@@ -108,6 +110,11 @@ def test_a_divided_tower_goes_on_bitwise_and_undivided(tmp_path: Path) -> None:
 
     def work() -> list[Trained]:
         whole = train_case(DIVIDED, tmp_path / "hf", save=saved, save_interval=2)
+        # A tower of transformers' has weights of other names.
+        with pytest.raises(
+            BridgeError, match=r"model has what the checkpoint lacks: .*tower\.vision_tower\.embeddings"
+        ):
+            train_case(replace(DIVIDED, settings=SHARED), tmp_path / "hf", load=saved)
         return [whole, *(train_case(case, tmp_path / "hf", load=saved, ckpt_step=2) for case in (DIVIDED, WHOLE))]
 
     whole, resumed, undivided = run_ranks(2, work, timeout=400)[0]
