@@ -1,6 +1,7 @@
 """The adapters of all modules of a MIMO model, as one folder of Hugging Face peft for transformers' whole model."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def _gathered(bridge: "AutoBridge", model: "BridgeMimoModel") -> Any:
     what, parts = "export of the adapter failed", []
     for name in _adapted_modules(model):
         source = int(model.module_groups[name].grid.rank_offset)
-        own = on_every_rank(lambda name=name: _of_module(bridge, model, name), what)  # type: ignore[misc]
+        own = on_every_rank(partial(_of_module, bridge, model, name), what)
         parts.append((_called(name), _handed_on(own, source, _writer(model))))
 
     def join() -> Any:
